@@ -1,0 +1,1 @@
+"""L2: model configurations, families, layers and loading."""

@@ -1,0 +1,1 @@
+"""L1: sequences, blocks and steps as plain integers and lists. No torch."""
