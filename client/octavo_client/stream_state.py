@@ -79,8 +79,14 @@ class StreamState:
         logprobs = message.get("logprobs")
         assert isinstance(token_ids, list)
         finish = str(message["finish_reason"]) if message.get("is_end") else None
-        delta = Delta(text, tuple(token_ids), send_idx, finish, parse_usage(message.get("usage")),
-                      logprobs if isinstance(logprobs, list) else None)
+        delta = Delta(
+            text,
+            tuple(token_ids),
+            send_idx,
+            finish,
+            parse_usage(message.get("usage")),
+            logprobs if isinstance(logprobs, list) else None,
+        )
         result.text += text
         result.token_ids += token_ids
         result.logprobs += delta.logprobs or ()

@@ -247,6 +247,23 @@ class Settings:
         return settings
 
 
+def with_overrides(overrides: Mapping[str, object], environ: Mapping[str, str] | None = None) -> Settings:
+    """The environment's settings with some fields given by a program, by field name. Raises SettingsError.
+
+    Values are what the environment variable would say, or their Python form (True, 64, a Path, a tuple of words).
+    """
+    by_field = {variable.field: variable for variable in VARIABLES}
+    given = dict(os.environ if environ is None else environ)
+    for field, value in overrides.items():
+        if field not in by_field:
+            raise SettingsError(field, value, "is not a setting")
+        variable = by_field[field]
+        for name in (variable.name, *variable.aliases):
+            given.pop(name, None)
+        given[variable.name] = ",".join(value) if isinstance(value, tuple) else str(value)
+    return Settings.from_environ(given)
+
+
 def _read(variable: Variable, environ: Mapping[str, str]) -> object:
     given = [name for name in (variable.name, *variable.aliases) if environ.get(name, "") != ""]
     if len(given) > 1 and len({environ[name] for name in given}) > 1:
@@ -320,3 +337,10 @@ def _one_edit_apart(a: str, b: str) -> bool:
 def child_environ(settings: Settings) -> dict[str, str]:
     """The environment that a child process gets so that it reads the same settings."""
     return {**os.environ, "OCTAVO_NODE": "1", "RUN_DIR": str(settings.run_dir), "LOG_DIR": str(settings.log_dir)}
+
+
+def set_thread_environ(settings: Settings) -> None:
+    """Tell numeric libraries the number of threads. They read it when first imported: call this before torch is."""
+    if settings.num_threads is not None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[name] = str(settings.num_threads)

@@ -18,8 +18,14 @@ TEXT = ["Hel", "lo", " wor", "ld"]
 
 def message(index: int) -> Json:
     last = index == len(TEXT) - 1
-    out: Json = {"token": TEXT[index], "token_ids": [index], "send_idx": index, "is_end": int(last), "error_msg": "",
-                 "error_code": 0}
+    out: Json = {
+        "token": TEXT[index],
+        "token_ids": [index],
+        "send_idx": index,
+        "is_end": int(last),
+        "error_msg": "",
+        "error_code": 0,
+    }
     return {**out, "finish_reason": "stop"} if last else out
 
 

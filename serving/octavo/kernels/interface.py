@@ -1,14 +1,19 @@
 """The operations a model is made of: shapes, arithmetic, and what belongs to the backend.
 
-A backend is one object with these methods; `reference/` (torch, slow, obviously right) is the specification, `cpu/` and `gpu/` are
-fast. Every operation is row-independent: a row's bits depend on that row and the weights alone, never on how many rows there
-are, on their order, or on the number of threads. Integer sums are exact, so fast backends equal the reference bit for bit up to
+A backend is one object with these methods; `reference/` (torch, slow, obviously right) is the specification, `cpu/`
+and `gpu/` are
+fast. Every operation is row-independent: a row's bits depend on that row and the weights alone, never on how many
+rows there
+are, on their order, or on the number of threads. Integer sums are exact, so fast backends equal the reference bit for
+bit up to
 the last float epilogue (stated per operation); where float order or `exp` differ, tests state the bound.
 
 Activations between operations are float32 (CPU) rows [M, width]. M counts the tokens of a step.
 
-Two limbs. `limbs=1`: q = rint(x · (127 / a)), scale a / 127. `limbs=2`: q = rint(x · (32512 / a)), scale a / 32512, held as hi = (q + 128) >> 8 and
-lo = q − 256·hi, both in [-128, 127]. a is the row's absolute maximum in float32; a = 0 gives q = 0 and scale 0. rint rounds half to even. Divisions and
+Two limbs. `limbs=1`: q = rint(x · (127 / a)), scale a / 127. `limbs=2`: q = rint(x · (32512 / a)), scale a / 32512,
+held as hi = (q + 128) >> 8 and
+lo = q − 256·hi, both in [-128, 127]. a is the row's absolute maximum in float32; a = 0 gives q = 0 and scale 0. rint
+rounds half to even. Divisions and
 products are single float32 operations, in the order written.
 """
 
@@ -58,15 +63,26 @@ Activation = Tensor | Quantized
 class PackedLinear(Protocol):
     """Weights of one product y = x · Wᵀ + b in the backend's own layout."""
 
-    in_features: int
-    out_features: int
-    format: ActivationFormat  # what it multiplies with; limbs 0 for float weights
-    nbytes: int
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def format(self) -> ActivationFormat:
+        """What it multiplies with; limbs 0 for float weights."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Where the rows of a step belong. Rows of one sequence are neighbours, positions ascending. All int32, on the device."""
+    """Where the rows of a step belong. Rows of one sequence are neighbours, positions ascending. All int32, on the
+    device.
+    """
 
     query_start: Tensor  # [B + 1] first row of each sequence
     seq_lens: Tensor  # [B] tokens in the cache once this step's are written
@@ -152,12 +168,15 @@ class Kernels(Protocol):
                            = f32(acc_hi) · 256 + f32(acc_lo)                     limbs 2
             u[m, n]        = t[m, n] · sw[n]                                     one group
                            = ((0 + t[m, n, 0] · sw[n, 0]) + t[m, n, 1] · sw[n, 1]) + …   ascending g
-            y[m, n]        = u · sx[m] (+ b[n]) (+ residual[m, n])               each a float32 operation, no fused multiply-add
+            y[m, n]        = u · sx[m] (+ b[n]) (+ residual[m, n])               each a float32 operation, no fused
+            multiply-add
         """
         ...
 
     def pack_float(self, weight: Tensor, *, bias: Tensor | None = None) -> PackedLinear:
-        """[N, K] float32, bfloat16 or float16, kept in its type; products accumulate in float32 in a K order that does not depend on M."""
+        """[N, K] float32, bfloat16 or float16, kept in its type; products accumulate in float32 in a K order that
+        does not depend on M.
+        """
         ...
 
     def linear(self, x: Activation, weight: PackedLinear, *, residual: Tensor | None = None) -> Tensor:
@@ -181,7 +200,9 @@ class Kernels(Protocol):
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, format: ActivationFormat, *, add: Tensor | None = None
     ) -> tuple[Activation, Tensor]:
-        """r = x (+ add); y = (r · rsqrt(mean(r²) + eps)) · weight, in `format`. Returns (y, r); r may be x, changed in place."""
+        """r = x (+ add); y = (r · rsqrt(mean(r²) + eps)) · weight, in `format`. Returns (y, r); r may be x, changed
+        in place.
+        """
         ...
 
     def silu_mul(self, gate_up: Tensor, format: ActivationFormat) -> Activation:
@@ -210,16 +231,20 @@ class Kernels(Protocol):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> Tensor:
-        """Rotate q and k (halves i and i + rotary_dim/2 form a pair; the rest of head_dim passes), write k and v into the cache, return q [M, num_heads · head_dim].
+        """Rotate q and k (halves i and i + rotary_dim/2 form a pair; the rest of head_dim passes), write k and v into
+        the cache, return q [M, num_heads · head_dim].
 
-        int8 dynamic: a row's K (and V) of one head is quantised like `limbs=1`; static: q = clamp(rint(x · (1 / scale)), -128, 127).
+        int8 dynamic: a row's K (and V) of one head is quantised like `limbs=1`; static: q = clamp(rint(x · (1 /
+        scale)), -128, 127).
         """
         ...
 
     def attention(self, q: Tensor, layout: BatchLayout, heads: HeadLayout, cache: LayerCache) -> Tensor:
-        """Causal attention of every row over the cache, [M, num_heads · head_dim] float32. A row at position p sees tokens ≤ p (in its window).
+        """Causal attention of every row over the cache, [M, num_heads · head_dim] float32. A row at position p sees
+        tokens ≤ p (in its window).
 
-        Arithmetic for an int8 cache, per row and head (kv head = head // (num_heads / num_kv_heads)); the same for a prompt's chunk and for decode:
+        Arithmetic for an int8 cache, per row and head (kv head = head // (num_heads / num_kv_heads)); the same for a
+        prompt's chunk and for decode:
             q15, qs = the row's head quantised with limbs=2
             for each tile of 128 tokens at absolute positions with a visible token, over its visible tokens t:
                 s[t] = f32(Σ_d q15[d] · K[t, d]) · ((qs · heads.scale) · ks[t])
@@ -227,7 +252,8 @@ class Kernels(Protocol):
                 w[t] = e[t] · vs[t];  a = max w;  p15[t] = rint(w[t] · (32512 / a))
                 o[d] = f32(Σ_t p15[t] · V[t, d]) · (a / 32512)
             two tiles make a segment, segments fold left in ascending order, both by
-                combine((m1,l1,o1),(m2,l2,o2)): m = max(m1,m2), f1 = exp(m1 − m), f2 = exp(m2 − m), (m, l1·f1 + l2·f2, o1·f1 + o2·f2)
+                combine((m1,l1,o1),(m2,l2,o2)): m = max(m1,m2), f1 = exp(m1 − m), f2 = exp(m2 − m), (m, l1·f1 + l2·f2,
+                o1·f1 + o2·f2)
             out[d] = o[d] / l
         A float cache has the same tiles and segments with float32 dots and no quantisation of q or p.
         """
@@ -236,7 +262,9 @@ class Kernels(Protocol):
     # ---- mixture of experts
 
     def moe_route(self, router_logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-        """[M, E] float32 → expert ids [M, top_k] int64 and weights [M, top_k] float32: softmax over all experts, the top_k (ties: the lower id first), their weights divided by their sum if renormalize."""
+        """[M, E] float32 → expert ids [M, top_k] int64 and weights [M, top_k] float32: softmax over all experts, the
+        top_k (ties: the lower id first), their weights divided by their sum if renormalize.
+        """
         ...
 
     def moe_combine(self, expert_out: Tensor, weights: Tensor) -> Tensor:
@@ -248,13 +276,18 @@ class Kernels(Protocol):
     def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
         """[B, V] float32 → token ids [B] int64. `logits` may be changed in place.
 
-        Per row: seen tokens: z > 0 ? z / repetition : z · repetition; then z −= frequency · count, z −= presence if count > 0; then biases added; temperature 0: argmax
-        (ties: lowest id). Else z /= temperature; top_k largest (ties: lower ids first); p = softmax; top_p: the shortest prefix in descending (p, ascending id) order whose
-        sum reaches top_p, at least one; min_p: p ≥ min_p · max p. Then the inverse CDF of what is left in ascending id order at u · Σ, summed in float64, with
+        Per row: seen tokens: z > 0 ? z / repetition : z · repetition; then z −= frequency · count, z −= presence if
+        count > 0; then biases added; temperature 0: argmax
+        (ties: lowest id). Else z /= temperature; top_k largest (ties: lower ids first); p = softmax; top_p: the
+        shortest prefix in descending (p, ascending id) order whose
+        sum reaches top_p, at least one; min_p: p ≥ min_p · max p. Then the inverse CDF of what is left in ascending
+        id order at u · Σ, summed in float64, with
         u = uniform(seed, position): (splitmix64(seed + splitmix64(position)) >> 11) · 2⁻⁵³.
         """
         ...
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-softmax of rows [R, V] → (logprob [R], rank [R] from 1, top ids [R, num_top], top logprobs [R, num_top]), ties by lower id. Does not change logits."""
+        """Log-softmax of rows [R, V] → (logprob [R], rank [R] from 1, top ids [R, num_top], top logprobs [R,
+        num_top]), ties by lower id. Does not change logits.
+        """
         ...

@@ -141,7 +141,13 @@ class Attached(msgspec.Struct, frozen=True, tag="attached"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    reason: str
+    """The sender is not, or no longer, attached. code: key, version, epoch (fenced by an equal or higher one),
+    fingerprint, load (the model could not be loaded), detached (silent for too long: attach again with a higher epoch
+    and submit anew).
+    """
+
+    reason: str  # for people
+    code: str = ""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

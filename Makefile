@@ -1,0 +1,12 @@
+# Each target is one line and is what CI and the README run. Uses the active virtual environment, else ./.venv.
+PYTHON := $(or $(VIRTUAL_ENV),.venv)/bin/python
+
+.PHONY: setup test test-full lint types bench format
+
+setup: ; @bash start_server.sh --install test
+test: setup lint types ; $(PYTHON) -m pytest -m "not slow"
+test-full: setup lint types ; $(PYTHON) -m pytest
+lint: ; $(PYTHON) -m ruff check .
+types: ; $(PYTHON) -m mypy -p octavo.protocol -p octavo.scheduling -p octavo_client
+bench: ; $(PYTHON) -m octavo.cli.main bench
+format: ; $(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .

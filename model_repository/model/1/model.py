@@ -1,0 +1,96 @@
+"""Triton's view of Octavo: hands bodies from the tensor IN to the front end and sends what comes back to OUT.
+
+Runs in Triton's Python-backend stub; the only importer of triton_python_backend_utils. `execute` returns at once: the
+model is decoupled, answers are sent by the front end's threads. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import select
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+if importlib.util.find_spec("octavo") is None:  # bare Triton on a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "serving"))
+
+from octavo.frontend.frontend import FrontEnd
+from octavo.frontend.sink import SinkClosed
+from octavo.protocol.errors import InvalidRequest
+from octavo.settings import Settings
+
+
+class ResponseSink:
+    """Sends to one gRPC stream through Triton's response sender.
+
+    The sender is let go with the last message: Triton cannot unload the model, nor end, while one is alive.
+    """
+
+    def __init__(self, request: object) -> None:
+        self._sender = request.get_response_sender()
+
+    def send(self, payload: bytes, final: bool) -> None:
+        sender = self._sender
+        if sender is None:
+            raise SinkClosed("the last message was sent")
+        tensor = pb_utils.Tensor("OUT", np.array([payload], dtype=np.object_))
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        if final:
+            self._sender = None
+        try:
+            sender.send(pb_utils.InferenceResponse(output_tensors=[tensor]), flags=flags)
+        except pb_utils.TritonModelException as error:
+            self._sender = None
+            raise SinkClosed(str(error)) from None
+
+    def cancelled(self) -> bool:
+        sender = self._sender
+        try:
+            return sender is None or bool(sender.is_cancelled())
+        except pb_utils.TritonModelException:
+            return True
+
+
+class TritonPythonModel:
+    """What Triton calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        settings = Settings.from_environ()
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        parent = os.pidfd_open(os.getppid())
+        threading.Thread(target=_end_with, args=(parent,), name="octavo-parent", daemon=True).start()
+        self._frontend = FrontEnd(settings)
+
+    def execute(self, requests: list[object]) -> None:
+        for request in requests:
+            sink = ResponseSink(request)
+            self._frontend.submit(_body(request), request.request_id() or "", sink)
+
+    def finalize(self) -> None:
+        self._frontend.finalize()
+
+
+def _body(request: object) -> bytes:
+    """The one string in IN; what is no single string becomes a body that is refused."""
+    try:
+        values = pb_utils.get_input_tensor_by_name(request, "IN").as_numpy().reshape(-1)
+        if len(values) != 1 or not isinstance(values[0], bytes):
+            raise InvalidRequest("IN must hold one string")
+        return values[0]
+    except (AttributeError, InvalidRequest):
+        return b"IN must hold one string"
+
+
+def _end_with(parent: int) -> None:
+    """Wait for Triton to die, then end at once: an orphan stub would hold memory and its engine."""
+    poller = select.poll()
+    poller.register(parent, select.POLLIN)
+    while not poller.poll(1000):
+        pass
+    os._exit(1)

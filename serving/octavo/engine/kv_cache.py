@@ -1,0 +1,122 @@
+"""How large the K/V cache is, and making it. Runs once, after the weights are loaded.
+
+Which block belongs to whom is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from octavo.kernels.interface import BLOCK, CacheSpec, Kernels, LayerCache
+from octavo.models.config import ModelConfig
+from octavo.quantization.scheme import CacheScheme
+from octavo.settings import Settings, SettingsError
+
+HOST_FRACTION = 0.25
+DEVICE_FRACTION = 0.9
+MIB = 1 << 20
+
+
+def cache_specs(
+    config: ModelConfig, schemes: Sequence[CacheScheme], *, dtype: torch.dtype, device: torch.device
+) -> list[CacheSpec]:
+    """One spec per layer. dtype int8, or the float type of the cache."""
+    return [
+        CacheSpec(
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            k_scale=None if scheme.k_scale is None else scheme.k_scale.to(device),
+            v_scale=None if scheme.v_scale is None else scheme.v_scale.to(device),
+        )
+        for scheme in schemes
+    ]
+
+
+def longest_sequence(settings: Settings, *, context_length: int) -> int:
+    """Tokens of the longest sequence that is served."""
+    return min(settings.max_seq_len + settings.max_dec_len, context_length)
+
+
+def count_blocks(
+    settings: Settings, *, context_length: int, block_bytes: int, available_bytes: int, is_host: bool
+) -> int:
+    """Blocks of the cache: BLOCK_BS sequences, or a share of the free memory but no more than a full batch can fill.
+
+    block_bytes: of one block over all layers. Raises SettingsError if one longest sequence does not fit.
+    """
+    longest = longest_sequence(settings, context_length=context_length)
+    one_sequence = math.ceil((longest + 1) / BLOCK)  # a step is planned ahead of the last token
+    if settings.block_bs is not None:
+        blocks = math.ceil(settings.block_bs * longest / BLOCK)
+        if blocks < one_sequence:
+            need = one_sequence * BLOCK
+            allowed = f"holds {blocks * BLOCK} tokens, one sequence of MAX_SEQ_LEN + MAX_DEC_LEN needs {need}"
+            raise SettingsError("BLOCK_BS", settings.block_bs, allowed)
+        return blocks
+    fraction = settings.kv_memory_fraction or (HOST_FRACTION if is_host else DEVICE_FRACTION)
+    blocks = int(available_bytes * fraction) // block_bytes
+    if blocks < one_sequence:
+        allowed = (
+            f"of {available_bytes // MIB} MiB free holds {blocks * BLOCK} tokens, "
+            f"one sequence of MAX_SEQ_LEN + MAX_DEC_LEN needs {one_sequence * BLOCK}: lower those, or raise this"
+        )
+        raise SettingsError("KV_MEMORY_FRACTION", fraction, allowed)
+    return min(blocks, (settings.batch_size + 1) * one_sequence)  # one more, for prefixes worth keeping
+
+
+def make_caches(kernels: Kernels, specs: Sequence[CacheSpec], num_blocks: int) -> list[LayerCache]:
+    """Zeroed blocks for every layer. On a host the system hands out the memory as blocks are first written."""
+    return [kernels.make_cache(spec, num_blocks) for spec in specs]
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes where the cache will be."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_host_memory()
+
+
+def available_host_memory(*, proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: the host's, or the container's limit if that leaves less."""
+    return min(_meminfo(proc), _cgroup_room(cgroup))
+
+
+def _meminfo(path: Path) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{path} has no MemAvailable")
+
+
+def _cgroup_room(folder: Path) -> int:
+    """Bytes left under the container's memory limit, its file cache counted as free; without a limit, endless."""
+    for limit_name, usage_name, folder_name, cache_key in (
+        ("memory.max", "memory.current", "", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory", "total_inactive_file"),
+    ):
+        limit = _number(folder / folder_name / limit_name)
+        usage = _number(folder / folder_name / usage_name)
+        if limit is not None and usage is not None:
+            return max(0, limit - usage + _stat(folder / folder_name / "memory.stat", cache_key))
+    return 1 << 62
+
+
+def _number(path: Path) -> int | None:
+    """A file with one number; None if it is not there or says "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _stat(path: Path, key: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)

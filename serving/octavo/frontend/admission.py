@@ -1,0 +1,285 @@
+"""Who is in: every accepted request, its sequences, and whether the engine is there to run them.
+
+One lock guards all of it; no method blocks or sends under it. The intake thread admits, the link thread brings the
+engine's events, the delivery thread takes and releases, the sweeper and ops post verdicts. `RequestState` says which
+of its fields the lock guards.
+
+The queue bound counts sequences that were accepted and that the engine does not run yet. Locally that is the larger
+of two sound numbers: all sequences in flight less BATCH_SIZE (no engine runs more than that), and what the engine
+itself last called waiting, as far as these sequences never gave a token (preempted ones did).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from octavo.frontend.state import RequestState, SequenceState
+from octavo.protocol.errors import Conflict, InternalError, OctavoError, QueueFull, Unavailable
+from octavo.protocol.messages import Abort, EngineInfo, EngineStats, SequenceOutput, StepOutputs, Submit, ToEngine
+
+HOLD_SECONDS = 10.0  # how long new requests are taken in while the engine is gone
+MAX_REPLAYS = 3  # a request that met more engine deaths than that may be their cause
+
+
+class Phase(Enum):
+    LOADING = "loading"  # no engine yet
+    READY = "ready"
+    DOWN = "down"  # there was one; another may come
+    CLOSED = "closed"  # none will come
+
+
+@dataclass(slots=True)
+class EngineView:
+    """What was last heard of the engine."""
+
+    phase: Phase = Phase.LOADING
+    reason: str = "the engine is starting"
+    stage: str = "starting"
+    fraction: float = 0.0
+    info: EngineInfo | None = None
+    stats: EngineStats | None = None
+    heard_at: float = 0.0
+    changed_at: float = 0.0
+    epoch: int = 0
+
+
+class Registry:
+    """See the module. `send` puts a message into the link's outbox, `wake` a request into the delivery queue."""
+
+    def __init__(self, *, batch_size: int, max_waiting: int, clock: Callable[[], float],
+                 send: Callable[[ToEngine], None], wake: Callable[[RequestState], None]) -> None:
+        self._batch_size = batch_size
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._send = send
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._by_req_id: dict[str, RequestState] = {}
+        self._requests: dict[int, RequestState] = {}  # by id(): superseded ones too, until they end
+        self._by_seq_id: dict[int, SequenceState] = {}  # sequences that the engine has not ended
+        self._owner: dict[int, RequestState] = {}  # seq_id to request
+        self._num_started = 0  # of the sequences in _by_seq_id
+        self._next_seq_id = 1
+        self._draining = False
+        self.num_accepted = 0
+        self.engine = EngineView()
+
+    # ---- intake
+
+    def check_open(self, req_id: str, *, attempt: int, num_sequences: int, inside: bool) -> None:
+        """Raise what `admit` would raise: before the prompt is tokenised."""
+        with self._lock:
+            self._check(req_id, attempt, num_sequences, inside)
+
+    def admit(self, state: RequestState) -> None:
+        """Accept and submit. Raises Conflict, QueueFull, Unavailable."""
+        request = state.request
+        with self._lock:
+            open_sequences = [sequence for sequence in state.sequences if sequence.finish is None]
+            self._check(state.req_id, request.attempt, len(open_sequences), request.resume_inside)
+            older = self._by_req_id.get(state.req_id)
+            if older is not None:
+                self._post(older, Conflict(f"superseded by attempt {request.attempt} of the same req_id"))
+            self._by_req_id[state.req_id] = state
+            self._requests[id(state)] = state
+            self.num_accepted += 1
+            for sequence in open_sequences:
+                self._enter(state, sequence)
+            if len(open_sequences) < len(state.sequences):
+                self._queue(state)
+
+    def _check(self, req_id: str, attempt: int, num_sequences: int, inside: bool) -> None:
+        self._check_phase()
+        older = self._by_req_id.get(req_id)
+        if older is not None and attempt <= older.request.attempt:
+            raise Conflict(f"req_id ({_shown(req_id)}) is in flight", field="req_id")
+        waiting = self._num_waiting()
+        overflow = len(self._by_seq_id) + num_sequences - self._batch_size
+        after = max(overflow, waiting + num_sequences if waiting else 0)
+        if after > max(self._max_waiting, 0) and not inside and older is None:  # who supersedes takes no new place
+            raise QueueFull(f"{waiting} requests are waiting (MAX_CACHED_TASK_NUM {self._max_waiting})")
+
+    def _check_phase(self) -> None:
+        engine = self.engine
+        if self._draining:
+            raise Unavailable("the server is draining")
+        if engine.phase is Phase.LOADING:
+            raise Unavailable(f"the model is loading: {engine.stage} ({engine.fraction:.0%})")
+        held_too_long = engine.phase is Phase.DOWN and self._clock() - engine.changed_at > HOLD_SECONDS
+        if engine.phase is Phase.CLOSED or held_too_long:
+            raise Unavailable(f"the engine is down: {engine.reason}")
+
+    def _enter(self, state: RequestState, sequence: SequenceState) -> None:
+        """Name a sequence and, if there is an engine, submit it."""
+        sequence.seq_id, self._next_seq_id = self._next_seq_id, self._next_seq_id + 1
+        self._by_seq_id[sequence.seq_id] = sequence
+        self._owner[sequence.seq_id] = state
+        if self.engine.phase is Phase.READY:
+            self._send(Submit(sequence.seq_id, state.prompt_ids, sequence.params, list(sequence.received),
+                              state.request.priority))
+
+    def _num_waiting(self) -> int:
+        unstarted = len(self._by_seq_id) - self._num_started
+        told = self.engine.stats.num_waiting if self.engine.stats is not None else 0
+        return max(len(self._by_seq_id) - self._batch_size, min(told, unstarted), 0)
+
+    # ---- link
+
+    def on_loading(self, stage: str, fraction: float) -> None:
+        with self._lock:
+            self.engine.stage, self.engine.fraction = stage, fraction
+            self.engine.heard_at = self._clock()
+
+    def on_attached(self, info: EngineInfo, stats: EngineStats, epoch: int) -> None:
+        """An engine is there: give it every sequence in flight, with the tokens it has."""
+        with self._lock:
+            known, engine = self.engine.info, self.engine
+            engine.phase, engine.reason, engine.info, engine.stats, engine.epoch = Phase.READY, "", info, stats, epoch
+            engine.stage, engine.fraction = "ready", 1.0
+            engine.heard_at = engine.changed_at = self._clock()
+            same = known is None or known.fingerprint == info.fingerprint
+            alive = sorted(self._by_seq_id.items())
+            self._by_seq_id.clear()
+            owners, self._owner = self._owner, {}
+            self._num_started = 0
+            for place, (seq_id, sequence) in enumerate(alive):
+                sequence.num_replays += sequence.started or place < self._batch_size  # it was running, or likely so
+                sequence.started = False
+                self._replay(owners[seq_id], sequence, same_model=same)
+
+    def _replay(self, state: RequestState, sequence: SequenceState, *, same_model: bool) -> None:
+        """Give a sequence that no engine has to the engine, with the tokens it has; or end its request."""
+        if not same_model:
+            self._post(state, Unavailable("the engine came back with another model"))
+        elif sequence.num_replays > MAX_REPLAYS:
+            self._post(state, InternalError("the engine failed again and again on this request"))
+        else:
+            self._enter(state, sequence)
+
+    def on_detached(self, reason: str, *, for_good: bool = False) -> None:
+        """The engine is gone. Requests are held for the next one, or ended if there will be none."""
+        with self._lock:
+            if self.engine.phase is Phase.CLOSED:
+                return
+            if self.engine.phase is not Phase.LOADING or for_good:
+                if self.engine.phase is not Phase.DOWN:
+                    self.engine.changed_at = self._clock()
+                self.engine.phase = Phase.CLOSED if for_good else Phase.DOWN
+            self.engine.reason = self.engine.stage = reason
+            self.engine.fraction = 0.0
+            if for_good:
+                for state in self._requests.values():
+                    self._post(state, Unavailable(f"the engine is down: {reason}"))
+
+    def on_stats(self, stats: EngineStats) -> None:
+        with self._lock:
+            self.engine.stats = stats
+            self.engine.heard_at = self._clock()
+
+    def on_step(self, step: StepOutputs) -> None:
+        """Hand each output to its request; outputs of sequences that ended here already are dropped."""
+        with self._lock:
+            self.engine.stats = step.stats
+            self.engine.heard_at = self._clock()
+            for output in step.outputs:
+                sequence = self._by_seq_id.get(output.seq_id)
+                if sequence is not None:
+                    self._take_in(sequence, output)
+
+    def _take_in(self, sequence: SequenceState, output: SequenceOutput) -> None:
+        state = self._owner[output.seq_id]
+        if output.finish_reason == "cancelled":  # by nobody here: the engine is ending, or took us for gone
+            self._forget(sequence)
+            sequence.ended = sequence.started = False
+            self._replay(state, sequence, same_model=True)
+            return
+        if output.token_ids:
+            sequence.received += output.token_ids
+            if not sequence.started:
+                sequence.started = True
+                self._num_started += 1
+        if output.finish_reason is not None:
+            self._forget(sequence)
+        state.pending.append((sequence, output))
+        self._queue(state)
+
+    # ---- delivery
+
+    def take(self, state: RequestState) -> tuple[list[tuple[SequenceState, SequenceOutput]], OctavoError | None]:
+        """All outputs that came since the last time, and the verdict if there is one."""
+        with self._lock:
+            outputs, state.pending, state.queued = state.pending, [], False
+            return outputs, state.verdict
+
+    def abandon(self, sequence: SequenceState) -> None:
+        """A stop string ended it: the engine need not go on."""
+        with self._lock:
+            self._abort([sequence])
+
+    def release(self, state: RequestState) -> None:
+        """The request has ended: its req_id is free, its sequences are aborted."""
+        with self._lock:
+            state.done = True
+            if self._by_req_id.get(state.req_id) is state:
+                del self._by_req_id[state.req_id]
+            self._requests.pop(id(state), None)
+            self._abort(state.sequences)
+
+    def _abort(self, sequences: list[SequenceState]) -> None:
+        alive = [sequence for sequence in sequences if sequence.seq_id in self._by_seq_id and not sequence.ended]
+        for sequence in alive:
+            self._forget(sequence)
+        if alive and self.engine.phase is Phase.READY:
+            self._send(Abort([sequence.seq_id for sequence in alive]))
+
+    def _forget(self, sequence: SequenceState) -> None:
+        sequence.ended = True
+        del self._by_seq_id[sequence.seq_id], self._owner[sequence.seq_id]
+        self._num_started -= sequence.started
+
+    # ---- sweeper and ops
+
+    def post(self, state: RequestState, verdict: OctavoError) -> None:
+        """End a request from outside; the first verdict stays."""
+        with self._lock:
+            self._post(state, verdict)
+
+    def _post(self, state: RequestState, verdict: OctavoError) -> None:
+        if state.verdict is None and not state.done:
+            state.verdict = verdict
+            self._queue(state)
+
+    def _queue(self, state: RequestState) -> None:
+        if not state.queued:
+            state.queued = True
+            self._wake(state)
+
+    def find(self, req_id: str) -> RequestState | None:
+        with self._lock:
+            return self._by_req_id.get(req_id)
+
+    def all_requests(self) -> list[RequestState]:
+        with self._lock:
+            return list(self._requests.values())
+
+    def drain(self) -> None:
+        """Close admission for good."""
+        with self._lock:
+            self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def counts(self) -> tuple[int, int]:
+        """Sequences (running, waiting) as seen from here."""
+        with self._lock:
+            waiting = self._num_waiting()
+            return len(self._by_seq_id) - waiting, waiting
+
+
+def _shown(req_id: str) -> str:
+    return req_id if len(req_id) <= 64 else req_id[:64] + "…"

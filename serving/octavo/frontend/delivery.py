@@ -1,0 +1,193 @@
+"""The delivery thread: tokens to text, stop strings, messages, the end of every request.
+
+It alone owns the output of sequences and it alone sends after a request was accepted. For each request with something
+pending it sends one message a choice, however many tokens came since the last one: one token a message while it keeps
+up. A request ends here: its req_id is free before its last message, which has the FINAL flag, leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import msgspec
+
+from octavo.frontend import reporting
+from octavo.frontend.admission import Registry
+from octavo.frontend.compose import Composer
+from octavo.frontend.metrics import Metrics
+from octavo.frontend.sink import SinkClosed
+from octavo.frontend.state import Finish, RequestState, SequenceState
+from octavo.protocol.answers import TokenOut, encode_error
+from octavo.protocol.errors import Cancelled, InternalError, OctavoError
+from octavo.protocol.messages import SequenceOutput
+
+log = logging.getLogger("octavo.frontend")
+
+
+class Delivery:
+    """One thread over one queue of requests."""
+
+    def __init__(self, *, queue: SimpleQueue[RequestState | None], registry: Registry, composer: Composer,
+                 metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._queue = queue
+        self._registry = registry
+        self._composer = composer
+        self._metrics = metrics
+        self._clock = clock
+        self._encoder = msgspec.json.Encoder()
+        self._thread = threading.Thread(target=self._run, name="octavo-delivery", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Serve what is queued, then end."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while (state := self._queue.get()) is not None:
+            self.serve(state)
+
+    def serve(self, state: RequestState) -> None:
+        """Deliver what is pending of one request. The edge of Triton's execute: here any failure becomes an error."""
+        outputs, verdict = self._registry.take(state)
+        if state.done:
+            return
+        try:
+            self._advance(state, outputs, verdict)
+        except SinkClosed:
+            self._end_unheard(state)
+        except Exception:
+            error = self._internal(state)
+            if not state.done:
+                self._fail_quietly(state, error)
+
+    def _advance(self, state: RequestState, outputs: list[tuple[SequenceState, SequenceOutput]],
+                 verdict: OctavoError | None) -> None:
+        for sequence, output in outputs:
+            if sequence.finish is None:
+                error = self._feed(state, sequence, output)
+                verdict = error or verdict
+        if verdict is not None and any(sequence.finish is None for sequence in state.sequences):
+            if not isinstance(verdict, Cancelled):
+                self._fail(state, verdict)
+                return
+            self._cancel(state)
+        self._send(state)
+
+    def _feed(self, state: RequestState, sequence: SequenceState, output: SequenceOutput) -> OctavoError | None:
+        """Bring a sequence forward by what the engine said of it."""
+        reason, token_ids = output.finish_reason, output.token_ids
+        if output.scheduled_at and not sequence.scheduled_at:
+            self._note_scheduled(state, sequence, output)
+        if reason == "stop" and token_ids:
+            sequence.end_token, token_ids = token_ids[-1], token_ids[:-1]
+        if output.logprobs is not None:
+            sequence.logprobs += self._composer.logprobs(output.logprobs[: len(token_ids)])
+        feed = sequence.output.feed
+        for token_id in token_ids:
+            if feed(token_id):
+                sequence.end_token = None
+                sequence.finish = Finish("stop", sequence.output.stopped_by)
+                self._registry.abandon(sequence)
+                return None
+        return self._finish(sequence, output, reason) if reason is not None else None
+
+    def _finish(self, sequence: SequenceState, output: SequenceOutput, reason: str) -> OctavoError | None:
+        if reason == "stop" or reason == "length":
+            close(sequence, Finish(reason, sequence.end_token))
+            return None
+        log.error("engine error for sequence %d: %s", sequence.seq_id, reporting.clean_message(output.error or ""))
+        return InternalError(f"the engine failed on this request: {output.error or 'unknown error'}")
+
+    def _note_scheduled(self, state: RequestState, sequence: SequenceState, output: SequenceOutput) -> None:
+        sequence.scheduled_at = output.scheduled_at
+        sequence.cached_tokens = output.cached_tokens
+        sequence.prompt_logprobs = output.prompt_logprobs
+        self._metrics.queue_time.observe(max(0.0, output.scheduled_at - state.arrival))
+
+    def _cancel(self, state: RequestState) -> None:
+        """What was generated so far is the answer."""
+        for sequence in state.sequences:
+            if sequence.finish is None:
+                close(sequence, Finish("cancelled"))
+
+    # ---- sending
+
+    def _send(self, state: RequestState) -> None:
+        """One message for each choice that has something to say; the last one frees the req_id first."""
+        messages = []
+        for sequence in state.sequences:
+            message = self._composer.next_message(state, sequence)
+            if message is not None:
+                messages.append((sequence, message))
+        over = all(sequence.closed for sequence in state.sequences)
+        for place, (sequence, message) in enumerate(messages, 1):
+            last = over and place == len(messages)
+            if last:
+                self._registry.release(state)
+            self._send_message(state, sequence, message, final=last)
+        if over:
+            reporting.finished(state, error=None, now=self._clock())
+
+    def _send_message(self, state: RequestState, sequence: SequenceState, message: TokenOut, *, final: bool) -> None:
+        now = self._clock()
+        if message.token_ids:
+            self._note_sent(state, sequence, len(message.token_ids), now)
+        if message.is_end:
+            self._note_end(state, sequence, now)
+        self._metrics.messages += 1
+        state.sink.send(self._encoder.encode([message]), final)
+
+    def _note_sent(self, state: RequestState, sequence: SequenceState, count: int, now: float) -> None:
+        if not sequence.first_sent_at:
+            sequence.first_sent_at = now
+            self._metrics.ttft.observe(now - state.arrival)
+            if sequence.index == 0:
+                self._metrics.prompt_tokens += len(state.prompt_ids)
+        else:
+            self._metrics.itl.observe((now - sequence.last_sent_at) / count, count)
+        sequence.last_sent_at = now
+        self._metrics.generation_tokens += count
+
+    def _note_end(self, state: RequestState, sequence: SequenceState, now: float) -> None:
+        self._metrics.e2e.observe(now - state.arrival)
+        if sequence.finish is not None:
+            self._metrics.finishes[sequence.finish.reason] += 1
+
+    def _fail(self, state: RequestState, error: OctavoError) -> None:
+        self._registry.release(state)
+        self._metrics.errors[error.status] += 1
+        reporting.finished(state, error=error, now=self._clock())
+        state.sink.send(encode_error(error, state.req_id), True)
+
+    def _fail_quietly(self, state: RequestState, error: OctavoError) -> None:
+        try:
+            self._fail(state, error)
+        except SinkClosed:
+            self._end_unheard(state)
+
+    def _end_unheard(self, state: RequestState) -> None:
+        """The receiver is gone: nothing can be sent, all else is as after a cancellation."""
+        if not state.done:
+            self._registry.release(state)
+            self._metrics.finishes["cancelled"] += 1
+            reporting.finished(state, error=Cancelled("the receiver is gone"), now=self._clock())
+
+    def _internal(self, state: RequestState) -> OctavoError:
+        incident = uuid.uuid4().hex[:12]
+        log.exception("request %s failed (incident %s)", reporting.clean(state.req_id), incident)
+        return InternalError(f"internal error (incident {incident})")
+
+
+def close(sequence: SequenceState, finish: Finish) -> None:
+    """No more tokens come: a stop string in the text held back still counts."""
+    if sequence.output.finish():
+        sequence.end_token = None
+        finish = Finish("stop", sequence.output.stopped_by)
+    sequence.finish = finish

@@ -1,0 +1,1 @@
+"""L5: HTTP to gRPC; imports the protocol only."""

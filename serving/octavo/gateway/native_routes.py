@@ -1,0 +1,122 @@
+"""The native dialect: a JSON line per message, or one object.
+
+Handlers of a gateway worker. A token message goes out as it came in, with `error_msg` and `error_code` put before its
+closing brace, so nothing is parsed twice. What the fields mean and whether they are valid is the front end's
+business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.gateway.context import Context
+from octavo.gateway.responses import (
+    NDJSON,
+    SHUTTING_DOWN,
+    STALL_SECONDS,
+    StreamResponse,
+    json_response,
+    while_connected,
+)
+from octavo.gateway.streams import begin, guarded
+from octavo.gateway.upstream import DEADLINE_MARGIN, Event
+from octavo.protocol.errors import InvalidRequest, OctavoError
+
+DEFAULT_TIMEOUT = 300.0
+_GOOD = b',"error_msg":"","error_code":0}'
+_STREAM_ONLY = ("token", "token_ids", "send_idx", "is_end", "index", "fingerprint")
+_GATEWAY_ONLY = ("stream", "response_type", "model")
+_FORBIDDEN = ("op", "dialect", "raw_text", "resume_inside")  # words of the inner wire that a native body has no use for
+
+
+def inner_request(body: dict[str, object], context: Context) -> dict[str, object]:
+    """The request to the model: the body, with an id and a seed if it has none. Raises InvalidRequest."""
+    for name in _FORBIDDEN:
+        if body.get(name) is not None:
+            raise InvalidRequest(f"{name} is not a field of a request", field=name)
+    request = {name: value for name, value in body.items() if value is not None and name not in _GATEWAY_ONLY}
+    req_id = request.setdefault("req_id", context.new_id())
+    if not isinstance(req_id, str) or not 1 <= len(req_id) <= 256:
+        raise InvalidRequest("req_id must be a string of 1 to 256 characters", field="req_id")
+    if "infer_seed" not in request and "seed" not in request:
+        request["infer_seed"] = context.draw_seed()
+    return request
+
+
+def timeout_of(request: dict[str, object]) -> float:
+    """The request's own timeout; a value that makes no sense is refused by the front end."""
+    timeout = request.get("timeout")
+    good = isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and 0 < timeout <= 86_400
+    return float(timeout) if good else DEFAULT_TIMEOUT  # type: ignore[arg-type]
+
+
+def wants_stream(body: dict[str, object]) -> bool:
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise InvalidRequest("stream must be true or false", field="stream")
+    return bool(stream)
+
+
+async def answer_native(request: Request, body: dict[str, object], context: Context) -> Response:
+    """Answer a native body in native shapes. Raises OctavoError before the first byte."""
+    stream = wants_stream(body)
+    context.check_model(body.get("model"))
+    inner = inner_request(body, context)
+    if not stream and isinstance(inner.get("n"), int) and inner["n"] != 1:
+        raise InvalidRequest("n above 1 needs stream: true, or the OpenAI dialect", field="n")
+    timeout = timeout_of(inner)
+    events = context.upstream.generate(inner, timeout=timeout)
+    if not stream:
+        whole = _whole(events, wants_usage=body.get("return_usage") is True)
+        return json_response(await while_connected(request, whole))
+    first = await while_connected(request, begin(events))
+    req_id = str(inner["req_id"])
+    return StreamResponse(
+        _lines(first, events, req_id),
+        headers=NDJSON,
+        seconds=timeout + DEADLINE_MARGIN + STALL_SECONDS,
+        last_words=_error_line(SHUTTING_DOWN, req_id),
+    )
+
+
+async def _lines(first: Event, events: AsyncGenerator[Event, None], req_id: str) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        yield _line(first[1])
+        try:
+            async for _, raw in guarded(events):
+                yield _line(raw)
+        except OctavoError as error:
+            yield _error_line(error, req_id)
+
+
+def _error_line(error: OctavoError, req_id: str) -> bytes:
+    return bytes(msgspec.json.encode({**error.as_native(req_id), "is_end": 1})) + b"\n"
+
+
+def _line(raw: bytes) -> bytes:
+    return raw[: raw.rindex(b"}")] + _GOOD + b"\n"
+
+
+async def _whole(events: AsyncIterator[Event], *, wants_usage: bool) -> dict[str, object]:
+    """Collect a stream into one object: its last message, without what only streams need."""
+    logprobs: list[object] = []
+    kept: dict[str, object] = {}
+    raw = b"{}"
+    async for message, raw in events:
+        if message.logprobs is not None:
+            logprobs += msgspec.to_builtins(message.logprobs)
+        if message.prompt is not None:
+            first = msgspec.json.decode(raw)
+            kept = {name: first[name] for name in ("prompt", "prompt_token_ids", "prompt_logprobs") if name in first}
+    last = msgspec.json.decode(raw)
+    answer = {name: value for name, value in last.items() if name not in _STREAM_ONLY} | kept
+    if logprobs:
+        answer["logprobs"] = logprobs
+    if not wants_usage:
+        answer.pop("usage", None)
+    return {**answer, "result": answer.get("tokens_all", ""), "error_msg": "", "error_code": 0}

@@ -1,0 +1,127 @@
+"""The OpenAI dialect: server-sent events, or one object; also native bodies that ask for OpenAI answers.
+
+Handlers of a gateway worker. The shapes are protocol/openai_answers.py's, the fields protocol/openai.py's; here they
+meet the streams of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.gateway.context import Context
+from octavo.gateway.native_routes import DEFAULT_TIMEOUT, inner_request, timeout_of, wants_stream
+from octavo.gateway.responses import (
+    SHUTTING_DOWN,
+    SSE,
+    STALL_SECONDS,
+    StreamResponse,
+    json_response,
+    openai_error,
+    while_connected,
+)
+from octavo.gateway.streams import begin, guarded, merged, numbered
+from octavo.gateway.upstream import DEADLINE_MARGIN, Event
+from octavo.protocol.errors import Cancelled, OctavoError
+from octavo.protocol.openai import CHAT, OpenAIRequest, parse
+from octavo.protocol.openai_answers import Answer, error_event
+
+Numbered = tuple[int, Event]
+
+
+async def answer_openai(request: Request, body: dict[str, object], context: Context, *, route: str) -> Response:
+    """Answer an OpenAI body. Raises OctavoError before the first byte."""
+    asked = parse(body, route)
+    model = context.check_model(asked.model)
+    answer_id = ("chatcmpl-" if route == CHAT else "cmpl-") + context.new_id()
+    inner = _inner_requests(asked, answer_id, context)
+    answer = Answer(asked, answer_id=answer_id, model=model, created=int(context.wall_clock()))
+    return await _answer(request, context, inner, answer, stream=asked.stream, timeout=DEFAULT_TIMEOUT)
+
+
+async def answer_native_as_openai(
+    request: Request, body: dict[str, object], context: Context, *, route: str
+) -> Response:
+    """Answer native fields in OpenAI shapes (response_type openai). Raises OctavoError before the first byte."""
+    stream = wants_stream(body)
+    model = context.check_model(body.get("model"))
+    inner = inner_request(body, context)
+    n, logprobs = inner.get("n"), inner.get("logprobs")
+    asked = OpenAIRequest(
+        route=route,
+        model=model,
+        stream=stream,
+        include_usage=body.get("return_usage") is True,
+        continuous_usage=False,
+        n=n if isinstance(n, int) and 1 <= n <= 128 else 1,
+        echo=False,
+        logprobs=logprobs if isinstance(logprobs, int) else None,
+        only_prompt=False,
+        bodies=[inner],
+    )
+    answer = Answer(asked, answer_id=str(inner["req_id"]), model=model, created=int(context.wall_clock()))
+    return await _answer(request, context, [inner], answer, stream=stream, timeout=timeout_of(inner))
+
+
+def _inner_requests(asked: OpenAIRequest, answer_id: str, context: Context) -> list[dict[str, object]]:
+    """One request per prompt. Each gets the seed that was asked for, else one of its own."""
+    single = len(asked.bodies) == 1
+    return [
+        {"infer_seed": context.draw_seed(), **body, "req_id": answer_id if single else f"{answer_id}-{number}"}
+        for number, body in enumerate(asked.bodies)
+    ]
+
+
+async def _answer(
+    request: Request, context: Context, inner: list[dict[str, object]], answer: Answer, *, stream: bool, timeout: float
+) -> Response:
+    streams = [context.upstream.generate(one, timeout=timeout) for one in inner]
+    single = len(streams) == 1
+    events = numbered(streams[0]) if single else merged(streams, at_once=context.settings.batch_size)
+    if not stream:
+        return json_response(await while_connected(request, _whole(events, answer)))
+    first = await while_connected(request, begin(events))
+    return StreamResponse(
+        _events(first, events, answer),
+        headers=SSE,
+        seconds=len(inner) * (timeout + DEADLINE_MARGIN) + STALL_SECONDS,
+        last_words=error_event(openai_error(SHUTTING_DOWN)),
+    )
+
+
+async def _whole(events: AsyncGenerator[Numbered, None], answer: Answer) -> bytes:
+    async with aclosing(events):
+        async for number, (message, _) in events:
+            _check_cancelled(message.finish_reason)
+            answer.add(number, message)
+    return answer.whole()
+
+
+async def _events(
+    first: Numbered, events: AsyncGenerator[Numbered, None], answer: Answer
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        try:
+            async for number, (message, _) in guarded(_chain(first, events)):
+                _check_cancelled(message.finish_reason)
+                if chunk := answer.chunks(number, message):
+                    yield chunk
+        except OctavoError as error:
+            yield error_event(openai_error(error))
+        else:
+            yield answer.last_chunks()
+
+
+async def _chain(first: Numbered, rest: AsyncIterator[Numbered]) -> AsyncGenerator[Numbered, None]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+def _check_cancelled(finish_reason: str | None) -> None:
+    """OpenAI has no finish reason for an abort; to its clients it is an error."""
+    if finish_reason == "cancelled":
+        raise Cancelled("the request was cancelled")

@@ -1,0 +1,89 @@
+"""What one request has received so far, and the request that continues it.
+
+Owned by the upstream stream of that request, on the gateway's event loop. Knows nothing of gRPC: it turns token
+messages into the `generated_token_ids` and `send_idx` that a restarted server needs to go on where the last one
+stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from octavo.protocol.answers import TokenMessage
+
+MAX_CHOICES = 128
+
+
+@dataclass
+class Choice:
+    """The tokens of one choice that were passed on."""
+
+    token_ids: list[int] = field(default_factory=list)
+    next_send_idx: int = 0
+    finished: bool = False
+
+
+class Progress:
+    """Keeps a request resumable: same body, same seed, plus the tokens that its holder has."""
+
+    def __init__(self, request: Mapping[str, object]) -> None:
+        self.request = dict(request)
+        n = request.get("n")
+        count = n if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_CHOICES else 1
+        self.choices = [Choice() for _ in range(count)]
+        self.num_open = count
+        self.attempt = _whole(request.get("attempt"))
+        self.received = False
+        self.closed = False  # the server has said its last word: nothing is left to abort
+        self._fingerprint: str | None = None
+        self._take_over(request)
+
+    def _take_over(self, request: Mapping[str, object]) -> None:
+        """A request may itself be a resumption: go on counting from what it brings. The front end validates it."""
+        tokens, indexes = request.get("generated_token_ids"), request.get("send_idx")
+        if len(self.choices) == 1:
+            tokens, indexes = [tokens], [indexes]
+        for at, choice in enumerate(self.choices):
+            if isinstance(tokens, list) and at < len(tokens) and isinstance(tokens[at], list):
+                choice.token_ids = list(tokens[at])
+            if isinstance(indexes, list) and at < len(indexes):
+                choice.next_send_idx = _whole(indexes[at])
+
+    def accept(self, message: TokenMessage) -> bool:
+        """Count a message; False if it repeats what was passed on before."""
+        if not 0 <= message.index < len(self.choices):
+            return False
+        choice = self.choices[message.index]
+        if choice.finished or message.send_idx < choice.next_send_idx:
+            return False
+        self.received = True
+        choice.token_ids += message.token_ids
+        choice.next_send_idx = message.send_idx + 1
+        self._fingerprint = message.fingerprint or self._fingerprint
+        if message.is_end:
+            choice.finished = True
+            self.num_open -= 1
+            self.closed = self.num_open == 0
+        return True
+
+    def resumption(self, seconds_left: float) -> dict[str, object]:
+        """The body to send now: the original one at first, then with tokens, indexes and what time is left."""
+        if self.attempt == 0 and not self.received:
+            return self.request
+        body = {**self.request, "attempt": self.attempt, "resume_inside": True, "timeout": max(0.001, seconds_left)}
+        if self.received:
+            single = len(self.choices) == 1
+            tokens = [choice.token_ids for choice in self.choices]
+            indexes = [choice.next_send_idx for choice in self.choices]
+            body["generated_token_ids"] = tokens[0] if single else tokens
+            body["send_idx"] = indexes[0] if single else indexes
+            for sent_already in ("return_prompt", "prompt_logprobs"):
+                body.pop(sent_already, None)
+        if self._fingerprint is not None:
+            body["fingerprint"] = self._fingerprint
+        return body
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0

@@ -1,0 +1,231 @@
+"""The way to the model: one grpc.aio channel per gateway worker, one ModelStreamInfer stream per request.
+
+Lives on the worker's event loop. Owns the channel, what each running request has received (resume.py) and the
+background tasks that abort what nobody waits for any more. A stream that breaks is taken up again with the tokens
+received so far; a stream that is closed early is cancelled and aborted by name. Knows nothing of HTTP. Memory per
+request: its received token ids, one decoded message, and gRPC's window of 64 KiB; Triton holds the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
+
+import grpc
+import msgspec
+from tritonclient.grpc import service_pb2
+
+from octavo.gateway.resume import Progress
+from octavo.gateway.triton import METHOD, Lost, channel_options, failure_of, infer_request, payload_of
+from octavo.protocol.answers import TokenMessage, token_decoder
+from octavo.protocol.errors import InternalError, OctavoError, RequestTimeout, Unavailable, from_native
+
+log = logging.getLogger("octavo.gateway")
+
+DEADLINE_MARGIN = 10.0  # seconds that the front end has to answer its own timeout before the gateway does
+OUTAGE_SECONDS = 60.0  # how long a running request waits for a server that went away
+MAX_LOSSES = 3  # broken streams in a row without a token between them: the request may be what breaks it
+CLOSE_SECONDS = 2.0  # for aborts that are under way when the worker ends
+FINISH_SECONDS = 1.0  # for Triton to close a stream whose last message is here
+
+Event = tuple[TokenMessage, bytes]  # a message and its JSON object as it came
+
+
+class Upstream:
+    """Streams requests to the model. `start` and `close` frame its life; both run on the event loop."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_message_bytes: int,
+        clock: Callable[[], float],
+        outage_seconds: float = OUTAGE_SECONDS,
+    ) -> None:
+        self._address = address
+        self._max_message_bytes = max_message_bytes
+        self._clock = clock
+        self._outage_seconds = outage_seconds
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_running = 0
+        self._decoder = token_decoder()
+
+    async def start(self) -> None:
+        self._channel = grpc.aio.insecure_channel(self._address, options=channel_options(self._max_message_bytes))
+        self._stream = self._channel.stream_stream(
+            METHOD,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+    async def close(self) -> None:
+        """Wait briefly for requests that are being cancelled and for their aborts, then close the channel."""
+        end = self._clock() + CLOSE_SECONDS
+        while (self._num_running or self._tasks) and self._clock() < end:
+            await asyncio.sleep(0.01)
+        await self._channel.close()
+
+    async def generate(self, request: Mapping[str, object], *, timeout: float) -> AsyncGenerator[Event, None]:
+        """Yield the token messages of a request; the last one of every choice has is_end.
+
+        `timeout` is the request's own, in seconds. Closing the generator cancels and aborts the request. Raises
+        OctavoError: Unavailable if the server is down or stays away, RequestTimeout past the deadline, else what the
+        front end says.
+        """
+        self._num_running += 1
+        progress = Progress(request)
+        outage = Outage(self._clock, self._outage_seconds)
+        deadline = self._clock() + timeout + DEADLINE_MARGIN
+        try:
+            while not progress.closed:
+                try:
+                    async with aclosing(self._attempt(progress, deadline)) as events:
+                        async for event in events:
+                            outage.over()
+                            yield event
+                except Lost as lost:
+                    delay = outage.delay(lost, progress)
+                    log.warning("stream lost; trying again in %.1f s", delay)
+                    progress.attempt += 1
+                    await self._pause(delay, deadline)
+        finally:
+            self._num_running -= 1
+            if not progress.closed:
+                self._spawn(self._abort_quietly(request.get("req_id")))
+
+    async def _attempt(self, progress: Progress, deadline: float) -> AsyncGenerator[Event, None]:
+        """One stream: send the request as it stands, yield what is new, end with the last word or raise."""
+        seconds_left = deadline - self._clock()
+        body = progress.resumption(seconds_left - DEADLINE_MARGIN)
+        call = self._stream(timeout=max(0.001, seconds_left))
+        try:
+            await _send(call, infer_request(msgspec.json.encode(body), str(body.get("req_id", ""))))
+            while payload := await _receive(call):
+                event = self._read(payload, progress)
+                if event is not None:
+                    yield event
+                if progress.closed:
+                    return
+            raise Lost("the stream ended early", refused=False)
+        finally:
+            if progress.closed:
+                self._spawn(_finish(call))
+            else:
+                call.cancel()
+
+    def _read(self, payload: bytes, progress: Progress) -> Event | None:
+        """Decode one payload; None for a repeated message. Raises the error that a bare object stands for."""
+        if not payload.startswith(b"["):
+            error = from_native(_object(payload))
+            if progress.attempt > 0 and isinstance(error, Unavailable):
+                # The server that came back is still starting. A first attempt gets this as its answer.
+                raise Lost(error.message, refused=True)
+            progress.closed = True
+            raise error
+        try:
+            (message,) = self._decoder.decode(payload)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise InternalError("the model server sent a message that cannot be read") from error
+        return (message, payload[1:-1]) if progress.accept(message) else None
+
+    async def _pause(self, delay: float, deadline: float) -> None:
+        if self._clock() + delay >= deadline:
+            raise RequestTimeout("the request's time is over")
+        await asyncio.sleep(delay)
+
+    async def ask(self, op: Mapping[str, object], *, timeout: float = 5.0) -> dict[str, object]:
+        """Send an op and return its answer. Raises OctavoError, Unavailable if nothing answers in time."""
+        call = self._stream(timeout=timeout)
+        try:
+            await _send(call, infer_request(msgspec.json.encode(op), str(op.get("req_id", ""))))
+            payload = await _receive(call)
+        except (Lost, RequestTimeout) as error:
+            raise Unavailable("the model server does not answer") from error
+        finally:
+            self._spawn(_finish(call))
+        answer = _object(payload)
+        if answer.get("error_msg"):
+            raise from_native(answer)
+        return answer
+
+    async def _abort_quietly(self, req_id: object) -> None:
+        try:
+            await self.ask({"op": "abort", "req_id": req_id})
+        except OctavoError as error:
+            log.info("abort not delivered: %s", error.message)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Run in the background, referenced until done."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class Outage:
+    """Whether a request goes on waiting for a server that went away, and how long until the next try."""
+
+    def __init__(self, clock: Callable[[], float], seconds: float) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self.over()
+
+    def over(self) -> None:
+        self._since: float | None = None
+        self._losses = 0
+        self._tries = 0
+
+    def delay(self, lost: Lost, progress: Progress) -> float:
+        """Seconds until the next try. Raises Unavailable if there should be none."""
+        if lost.refused and progress.attempt == 0 and not progress.received:
+            progress.closed = True
+            raise Unavailable("the model server is not available")
+        self._since = self._clock() if self._since is None else self._since
+        self._losses += not lost.refused
+        self._tries += 1
+        if self._losses > MAX_LOSSES or self._clock() - self._since > self._seconds:
+            progress.closed = True
+            raise Unavailable("the model server went away and did not come back in time")
+        return float(min(1.0, 0.05 * 2 ** min(self._tries, 5)))
+
+
+async def _send(call: grpc.aio.StreamStreamCall, message: service_pb2.ModelInferRequest) -> None:
+    try:
+        await call.write(message)
+        await call.done_writing()
+    except grpc.aio.AioRpcError as error:
+        raise failure_of(error) from None
+    except (asyncio.InvalidStateError, grpc.aio.UsageError):
+        raise Lost("the stream ended before it began", refused=True) from None
+
+
+async def _receive(call: grpc.aio.StreamStreamCall) -> bytes:
+    """The next payload, b"" at the end of the stream."""
+    try:
+        while (response := await call.read()) is not grpc.aio.EOF:
+            if payload := payload_of(response):
+                return payload
+    except grpc.aio.AioRpcError as error:
+        raise failure_of(error) from None
+    return b""
+
+
+async def _finish(call: grpc.aio.StreamStreamCall) -> None:
+    """Let a stream end by itself: a cancellation after the last message would reach the model as one."""
+    try:
+        await asyncio.wait_for(call.read(), FINISH_SECONDS)
+    except (grpc.aio.AioRpcError, asyncio.TimeoutError, asyncio.InvalidStateError):
+        pass
+    finally:
+        call.cancel()
+
+
+def _object(payload: bytes) -> dict[str, object]:
+    try:
+        answer = msgspec.json.decode(payload)
+    except (msgspec.MsgspecError, ValueError):
+        answer = None
+    if isinstance(answer, dict):
+        return answer
+    raise InternalError("the model server sent a message that cannot be read")

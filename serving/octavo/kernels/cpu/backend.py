@@ -1,0 +1,43 @@
+"""The CPU backend: one object made of a mixin per group of operations over one compiled library and one thread pool."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from octavo.kernels.cpu import attention, cache, moe, products, rows, sampling
+from octavo.kernels.cpu.attention import CpuAttention
+from octavo.kernels.cpu.build import library_path
+from octavo.kernels.cpu.library import WeightMemory, create_pool, load_library
+from octavo.kernels.cpu.moe import CpuMoe
+from octavo.kernels.cpu.products import CpuProducts
+from octavo.kernels.cpu.rows import CpuRows
+from octavo.kernels.cpu.sampling import CpuSampling
+
+SIGNATURES = {
+    "octavo_advise_huge_pages": "pi",
+    **products.SIGNATURES,
+    **rows.SIGNATURES,
+    **cache.SIGNATURES,
+    **attention.SIGNATURES,
+    **moe.SIGNATURES,
+    **sampling.SIGNATURES,
+}
+
+
+class CpuKernels(CpuProducts, CpuRows, CpuAttention, CpuMoe, CpuSampling):
+    """`interface.Kernels` on x86 processors. One thread at a time may call it."""
+
+    def __init__(self, variant: str, *, folder: Path, num_threads: int | None = None) -> None:
+        """Load the library of `variant` from `folder` and start its threads (default: one per processor allowed).
+
+        Raises OSError if it cannot be loaded. Running it on a processor without `variant` is fatal: ask `choose`
+        instead.
+        """
+        self.name = variant
+        self.device = torch.device("cpu")
+        self._lib = load_library(library_path(folder, variant), SIGNATURES)
+        self._pool = create_pool(self._lib, num_threads or len(os.sched_getaffinity(0)), owner=self)
+        self._memory = WeightMemory(self._lib)

@@ -1,0 +1,144 @@
+// One tile of attention over an int8 cache, for a few query rows at once.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention_dots.h"
+#include "attention_state.h"
+
+namespace octavo {
+
+constexpr float kTwoLimbs = 32512.0f;
+typedef int16_t i16x16 __attribute__((vector_size(32)));
+
+// The low half of each lane, |v| < 32768.
+OCTAVO_INLINE i16x16 to_int16(i32x16 v) {
+#ifdef __AVX512F__
+  return __builtin_convertvector(v, i16x16);
+#else
+  __m256i halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  return reinterpret_cast<i16x16>(_mm256_permute4x64_epi64(_mm256_packs_epi32(halves[0], halves[1]), 0xd8));
+#endif
+}
+
+struct Int8Tile {
+  static constexpr int kRows = kDotRows;
+
+  // Row `x` [head_dim] → q15 and its scale.
+  static void prepare(RowState& state, int64_t row, const float* x, int64_t head_dim, float scale) {
+    f32x16 top = {};
+    for (int64_t d = 0; d < head_dim; d += kLanes) top = max(top, abs(load_part(x + d, lanes_left(head_dim - d))));
+    const float a = max_lanes(top);
+    const float inverse = inverse_of(a, kTwoLimbs);
+    int16_t* q = queries(state) + row * head_dim;
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const int64_t lanes = lanes_left(head_dim - d);
+      const i16x16 part = to_int16(rint_int(load_part(x + d, lanes) * inverse));
+      std::memcpy(q + d, &part, sizeof(int16_t) * static_cast<size_t>(lanes));
+    }
+    state.query_scale[row] = (a / kTwoLimbs) * scale;
+  }
+
+  // Rows [first, first + R): each row's tile partial goes to its segment if that is empty, else is combined with it.
+  template <int R>
+  static void run(RowState& state, int64_t first, const TileView& tile, const CacheView& cache) {
+    alignas(64) int32_t scores[R * kTile];
+    alignas(64) int16_t weights[R * kTile];
+    float weight_scale[R];
+    Sum sums[R];
+    Span all = state.span[first];
+    for (int r = 1; r < R; ++r) {
+      all.low = std::min(all.low, state.span[first + r].low);
+      all.high = std::max(all.high, state.span[first + r].high);
+    }
+    score<R>(queries(state) + first * cache.head_dim, tile, all, cache.head_dim, scores);
+    for (int r = 0; r < R; ++r)
+      sums[r] = weigh(scores + r * kTile, state.query_scale[first + r], tile, state.span[first + r], weights + r * kTile, &weight_scale[r]);
+    gather<R>(state, first, tile, all, cache.width(), weights, weight_scale, sums);
+  }
+
+ private:
+  static const int8_t* bytes(const char* p) { return reinterpret_cast<const int8_t*>(p); }
+  static int16_t* queries(RowState& state) { return reinterpret_cast<int16_t*>(state.query); }
+
+  template <int R>
+  static void score(const int16_t* q, const TileView& tile, Span all, int64_t head_dim, int32_t* scores) {
+    for (int block = all.low / kBlock; block * kBlock < all.high; ++block) {
+      for (int n = 0; n < kBlock; n += kDotVectors * kLanes) {
+        const Stretch stretch = {q, bytes(tile.k[block]) + n * 2, bytes(tile.next_k[block]) + n * 2, head_dim / 2};
+        dots<R, kDotVectors>(&stretch, 1, head_dim, kBlock * 2, [&](int r, int v, DotInts sums) {
+          std::memcpy(scores + r * kTile + block * kBlock + n + v * kDotLanes, &sums, sizeof(sums));
+        });
+      }
+    }
+  }
+
+  // Integer scores of a row → p15 [128] and its scale. Tokens outside the span count nothing, whatever their memory holds.
+  static Sum weigh(const int32_t* scores, float query_scale, const TileView& tile, Span span, int16_t* weights, float* weight_scale) {
+    f32x16 s[kTile / kLanes];
+    const bool whole = is_whole(span);
+    for (int i = 0; i < kTile / kLanes; ++i) {
+      const f32x16 scale = load(tile.k_scale[i / 4] + i % 4 * kLanes) * query_scale;
+      s[i] = to_float(load(scores + i * kLanes)) * scale;
+      if (!whole) s[i] = keep_inside(s[i], span, i, -INFINITY);
+    }
+    const Sum sum = softmax_tile(s);
+    f32x16 top = {};
+    for (int i = 0; i < kTile / kLanes; ++i) {
+      s[i] = s[i] * load(tile.v_scale[i / 4] + i % 4 * kLanes);
+      if (!whole) s[i] = keep_inside(s[i], span, i, 0.0f);
+      top = max(top, s[i]);
+    }
+    const float a = max_lanes(top);
+    const float inverse = inverse_of(a, kTwoLimbs);
+    *weight_scale = a / kTwoLimbs;
+    for (int i = 0; i < kTile / kLanes; ++i) {
+      const i16x16 p = to_int16(rint_int(s[i] * inverse));
+      std::memcpy(weights + i * kLanes, &p, sizeof(p));
+    }
+    return sum;
+  }
+
+  // p15 · V of the rows, into their segments.
+  template <int R>
+  static void gather(RowState& state, int64_t first, const TileView& tile, Span all, int64_t width, const int16_t* weights,
+                     const float* weight_scale, const Sum* sums) {
+    alignas(64) float spare[R * kMaxHeadDim];
+    float* out[R];
+    for (int r = 0; r < R; ++r)
+      out[r] = is_empty(state.segment[first + r]) ? state.segment_out + (first + r) * width : spare + r * width;
+    for (int64_t n = 0; n < width; n += kDotVectors * kLanes) {
+      const int64_t vectors = std::min<int64_t>(kDotVectors, (width - n) / kLanes);
+      with_constant<kDotVectors>(vectors, [&](auto count) {
+        gather_columns<R, decltype(count)::value>(tile, all, width, n, weights, weight_scale, out);
+      });
+    }
+    for (int r = 0; r < R; ++r) {
+      Sum& segment = state.segment[first + r];
+      if (is_empty(segment)) segment = sums[r];
+      else combine(segment, state.segment_out + (first + r) * width, sums[r], out[r], width);
+    }
+  }
+
+  template <int R, int V>
+  static void gather_columns(const TileView& tile, Span all, int64_t width, int64_t n, const int16_t* weights,
+                             const float* weight_scale, float* const* out) {
+    Stretch stretches[2];
+    int count = 0;
+    for (int block = all.low / kBlock; block * kBlock < all.high; ++block) {
+      const int low = std::max(all.low - block * kBlock, 0) / 2;
+      const int high = (std::min(all.high - block * kBlock, kBlock) + 1) / 2;
+      const int64_t skip = (low * width + n) * 2;
+      stretches[count++] = {weights + block * kBlock + low * 2, bytes(tile.v[block]) + skip, bytes(tile.next_v[block]) + skip, high - low};
+    }
+    dots<R, V>(stretches, count, kTile, width * 2,
+               [&](int r, int v, DotInts sums) {
+                 const DotFloats values = __builtin_convertvector(sums, DotFloats) * weight_scale[r];
+                 std::memcpy(out[r] + n + v * kDotLanes, &values, sizeof(values));
+               });
+  }
+};
+
+}  // namespace octavo

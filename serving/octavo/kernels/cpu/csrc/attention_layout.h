@@ -1,0 +1,75 @@
+// Where a cached value lies. A block holds 64 tokens of every kv head; per head, K and V each are one run of memory:
+//   int8   K [head_dim / 2][64 tokens][2]   V [64 / 2 tokens][width][2]    two neighbours of the summed axis side by side, so that
+//                                                                          one multiply-add of int16 pairs serves 16 results
+//   float  K [head_dim][64 tokens]          V [64 tokens][width]
+// width is head_dim rounded up to 16. Scales are planes [block][kv head][64] float32 of their own (int8 only).
+#pragma once
+
+#include "common.h"
+
+namespace octavo {
+
+constexpr int kBlock = 64;
+constexpr int kTile = 128;
+constexpr int kTilesPerSegment = 2;
+constexpr int kMaxHeadDim = 256;
+
+enum CacheType : int64_t { kInt8 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+struct CacheView {
+  char* k;
+  char* v;
+  float* k_scales;
+  float* v_scales;
+  int64_t kv_heads;
+  int64_t head_dim;
+  CacheType type;
+
+  int64_t width() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+  int64_t item() const { return type == kInt8 ? 1 : type == kFloat32 ? 4 : 2; }
+  char* k_block(int64_t block, int64_t head) const { return k + (block * kv_heads + head) * kBlock * head_dim * item(); }
+  char* v_block(int64_t block, int64_t head) const { return v + (block * kv_heads + head) * kBlock * width() * item(); }
+  float* k_scale(int64_t block, int64_t head) const { return k_scales + (block * kv_heads + head) * kBlock; }
+  float* v_scale(int64_t block, int64_t head) const { return v_scales + (block * kv_heads + head) * kBlock; }
+};
+
+// bfloat16 and float16 as stored, and their conversions (round to nearest even).
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+OCTAVO_INLINE float narrow(float x, float*) { return x; }
+
+OCTAVO_INLINE BFloat16 narrow(float x, BFloat16*) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+OCTAVO_INLINE Float16 narrow(float x, Float16*) {
+  return {static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0))};
+}
+
+OCTAVO_INLINE f32x16 widen(const float* p) { return load(p); }
+
+OCTAVO_INLINE f32x16 widen(const BFloat16* p) {
+  typedef uint16_t u16x16 __attribute__((vector_size(32)));
+  u16x16 raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  return reinterpret_cast<f32x16>(__builtin_convertvector(raw, i32x16) << 16);
+}
+
+OCTAVO_INLINE f32x16 widen(const Float16* p) {
+  __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+  f32x16 v;
+  std::memcpy(&v, &low, 32);
+  std::memcpy(reinterpret_cast<char*>(&v) + 32, &high, 32);
+  return v;
+}
+
+}  // namespace octavo

@@ -1,0 +1,196 @@
+// The int8 product: exact integer tiles, then the epilogue of the contract in float32, each operation rounded on its own.
+// A task is a block of columns times a block of rows; neither cut changes a bit, because every output is made by one tile
+// over all of K with exact sums.
+#include <algorithm>
+#include <memory>
+
+#include "gemm.h"
+
+namespace octavo {
+namespace {
+
+struct Product {
+  const Int8Weights* w;
+  const Element* x;  // [rows][x_stride]
+  int64_t x_stride;
+  int64_t rows;            // tokens · limbs
+  const float* x_scale;    // [tokens]
+  const int32_t* row_sum;  // [rows][num_groups]: sum of q - zero point, or null
+  const float* residual;   // [tokens][N], or null
+  float* y;                // [tokens][N]
+};
+
+// Where a tile lies: byte rows and panels.
+struct Place {
+  int64_t row, panel;
+};
+
+// The exact sums of one byte row and panel, zero points taken out.
+OCTAVO_INLINE i32x16 exact_sum(const Product& p, const int32_t* sums, int64_t row, int64_t column, int64_t group) {
+  const int64_t at = group * panels_of(p.w->out_features) * kPanel + column;
+  i32x16 sum = load(sums) - load(p.w->correction + at);
+  if (p.w->zero_point != nullptr) sum -= load(p.w->zero_point + at) * p.row_sum[row * p.w->num_groups + group];
+  return sum;
+}
+
+// t · sw of the contract for one token and panel. `sums` is the token's first byte row; `step` leads to its second.
+template <int L>
+OCTAVO_INLINE f32x16 scaled(const Product& p, const int32_t* sums, int64_t step, int64_t row, int64_t column, int64_t group) {
+  f32x16 t = to_float(exact_sum(p, sums, row, column, group));
+  if constexpr (L == 2) t = t * 256.0f + to_float(exact_sum(p, sums + step, row + 1, column, group));
+  return t * load(p.w->scale + group * panels_of(p.w->out_features) * kPanel + column);
+}
+
+// u · sx + b + residual to y; only the columns that exist.
+OCTAVO_INLINE void finish(const Product& p, f32x16 u, int64_t token, int64_t column) {
+  const int64_t outputs = p.w->out_features;
+  const int64_t count = std::min<int64_t>(kPanel, outputs - column);
+  if (count <= 0) return;
+  const int64_t at = token * outputs + column;
+  f32x16 y = u * p.x_scale[token];
+  if (p.w->bias != nullptr) y = y + load(p.w->bias + column);
+  if (count == kPanel) {
+    if (p.residual != nullptr) y = y + load(p.residual + at);
+    store(p.y + at, y);
+  } else {
+    if (p.residual != nullptr) y = y + load_part(p.residual + at, count);
+    store_part(p.y + at, y, count);
+  }
+}
+
+template <int R, int C, int L>
+OCTAVO_INLINE void one_group(const Product& p, const Place& at, const Element* x, const int8_t* w) {
+  alignas(64) int32_t sums[R * C * kPanel];
+  const int64_t quads = quads_of(p.w->in_features);
+  int8_tile<R, C>(x, p.x_stride, w, quads, 0, quads, sums);
+  for (int r = 0; r < R; r += L)
+    for (int c = 0; c < C; ++c) {
+      const int64_t column = (at.panel + c) * kPanel;
+      const f32x16 u = scaled<L>(p, sums + (r * C + c) * kPanel, C * kPanel, at.row + r, column, 0);
+      finish(p, u, (at.row + r) / L, column);
+    }
+}
+
+template <int R, int C, int L>
+OCTAVO_INLINE void many_groups(const Product& p, const Place& at, const Element* x, const int8_t* w) {
+  alignas(64) int32_t sums[R * C * kPanel];
+  f32x16 total[R / L][C] = {};
+  const int64_t quads = quads_of(p.w->in_features), each = quads / p.w->num_groups;
+  for (int64_t group = 0; group < p.w->num_groups; ++group) {
+    int8_tile<R, C>(x, p.x_stride, w, quads, group * each, (group + 1) * each, sums);
+    for (int r = 0; r < R; r += L)
+      for (int c = 0; c < C; ++c) {
+        const int64_t column = (at.panel + c) * kPanel;
+        const int32_t* mine = sums + (r * C + c) * kPanel;
+        total[r / L][c] = total[r / L][c] + scaled<L>(p, mine, C * kPanel, at.row + r, column, group);
+      }
+  }
+  for (int r = 0; r < R; r += L)
+    for (int c = 0; c < C; ++c) finish(p, total[r / L][c], (at.row + r) / L, (at.panel + c) * kPanel);
+}
+
+template <int R, int C, int L>
+void tile(const Product& p, const Place& at) {
+  const Element* x = p.x + at.row * p.x_stride;
+  const int8_t* w = p.w->packed + at.panel * quads_of(p.w->in_features) * kPanel * kQuad;
+  if (p.w->num_groups == 1) one_group<R, C, L>(p, at, x, w);
+  else many_groups<R, C, L>(p, at, x, w);
+}
+
+template <int C>
+void tile_of(const Product& p, const Place& at, int64_t rows) {
+  const bool two = p.w->limbs == 2;
+  switch (rows) {
+    case 1: return tile<1, C, 1>(p, at);
+    case 2: return two ? tile<2, C, 2>(p, at) : tile<2, C, 1>(p, at);
+    case 3: return tile<3, C, 1>(p, at);
+    case 4: return two ? tile<4, C, 2>(p, at) : tile<4, C, 1>(p, at);
+    default: break;
+  }
+  if constexpr (C == 2) {
+    switch (rows) {
+      case 5: return tile<5, C, 1>(p, at);
+      case 6: return two ? tile<6, C, 2>(p, at) : tile<6, C, 1>(p, at);
+      case 7: return tile<7, C, 1>(p, at);
+      case 8: return two ? tile<8, C, 2>(p, at) : tile<8, C, 1>(p, at);
+      default: break;
+    }
+  }
+}
+
+// Rows [first, last) times `panels` panels, in row tiles as equal as they get.
+void block(const Product& p, int64_t first, int64_t last, int64_t panel, int64_t panels) {
+  const int64_t limbs = p.w->limbs;
+  const int64_t tokens = (last - first) / limbs;
+  const int64_t tiles = num_tiles(tokens, kMaxRows / limbs);
+  for (int64_t index = 0; index < tiles; ++index) {
+    const int64_t begin = first + tokens * index / tiles * limbs;
+    const int64_t end = first + tokens * (index + 1) / tiles * limbs;
+    if (panels == 4) tile_of<4>(p, {begin, panel}, end - begin);
+    else tile_of<2>(p, {begin, panel}, end - begin);
+  }
+}
+
+// Few rows are read-bound: four panels, so four streams of weights. More rows are bound by arithmetic: 8 x 2 tiles.
+void multiply(Pool* pool, const Product& p) {
+  const int64_t panels = panels_of(p.w->out_features);
+  const int64_t width = p.rows <= 4 ? 4 : 2;
+  const int64_t columns = num_tiles(panels, width);
+  // A block of rows stays in the cache while all columns pass it: about a megabyte.
+  const int64_t fits = std::max<int64_t>(64, (1 << 20) / p.x_stride);
+  const int64_t row_blocks = num_tiles(p.rows, fits);
+  const int64_t tokens = p.rows / p.w->limbs;
+  parallel_for(pool, row_blocks * columns, [&](int64_t task, int) {
+    const int64_t row_block = task / columns, panel = task % columns * width;
+    const int64_t first = tokens * row_block / row_blocks * p.w->limbs;
+    const int64_t last = tokens * (row_block + 1) / row_blocks * p.w->limbs;
+    block(p, first, last, panel, std::min(width, panels - panel));
+  });
+}
+
+// Sums of q - zero point over each group of each byte row.
+std::unique_ptr<int32_t[]> sum_rows(Pool* pool, const Product& p, int32_t x_zero_point) {
+  const int64_t groups = p.w->num_groups, size = p.w->in_features / groups;
+  std::unique_ptr<int32_t[]> sums(new int32_t[p.rows * groups]);
+  parallel_for(pool, p.rows, [&](int64_t row, int) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const Element* x = p.x + row * p.x_stride + group * size;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < size; ++k) sum += x[k];
+      sums[row * groups + group] = sum - static_cast<int32_t>(size) * (128 + x_zero_point);
+    }
+  });
+  return sums;
+}
+
+#ifdef __AVX512VNNI__
+const Element* widened(Pool*, const uint8_t* x, int64_t, std::unique_ptr<Element[]>*) { return x; }
+#else
+const Element* widened(Pool* pool, const uint8_t* x, int64_t bytes, std::unique_ptr<Element[]>* memory) {
+  constexpr int64_t kEach = 1 << 14;
+  memory->reset(new Element[bytes]);
+  Element* to = memory->get();
+  parallel_for(pool, num_tiles(bytes, kEach), [&](int64_t task, int) {
+    for (int64_t k = task * kEach; k < std::min(bytes, (task + 1) * kEach); ++k) to[k] = x[k];
+  });
+  return to;
+}
+#endif
+
+}  // namespace
+}  // namespace octavo
+
+// y [tokens, N] = x · Wᵀ with the epilogue of the contract. x is [tokens · limbs][K padded to 64] bytes.
+OCTAVO_API void octavo_linear_int8(octavo::Pool* pool, const octavo::Int8Weights* weights, const uint8_t* x, const float* x_scale,
+                                   int64_t tokens, int64_t x_zero_point, const float* residual, float* y) {
+  using namespace octavo;
+  const int64_t stride = row_stride(weights->in_features), rows = tokens * weights->limbs;
+  std::unique_ptr<Element[]> memory;
+  Product p{weights, widened(pool, x, rows * stride, &memory), stride, rows, x_scale, nullptr, residual, y};
+  std::unique_ptr<int32_t[]> sums;
+  if (weights->zero_point != nullptr) {
+    sums = sum_rows(pool, p, static_cast<int32_t>(x_zero_point));
+    p.row_sum = sums.get();
+  }
+  multiply(pool, p);
+}

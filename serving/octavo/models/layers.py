@@ -1,0 +1,175 @@
+"""The parts of a decoder layer on the kernel interface. Run by the runner's worker thread.
+
+Rows [M, width] are the tokens of a step; the residual stream is float32. Each part knows the kernels and its packed
+weights; none knows what a sequence, a block or a step is beyond the `BatchLayout` it passes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.interface import (
+    FLOAT,
+    Activation,
+    ActivationFormat,
+    BatchLayout,
+    HeadLayout,
+    Kernels,
+    LayerCache,
+    PackedLinear,
+)
+from octavo.parallel.group import Group
+from octavo.quantization.scheme import LinearWeights, QuantizedTensor, concatenate
+
+
+def pack(kernels: Kernels, linear: LinearWeights) -> PackedLinear:
+    """Hand a product's weights to the backend."""
+    device = kernels.device
+    bias = None if linear.bias is None else linear.bias.to(device)
+    if not isinstance(linear.weight, QuantizedTensor):
+        return kernels.pack_float(linear.weight.to(device), bias=bias)
+    weight, scheme = linear.weight, linear.activation
+    zero_point = None if weight.zero_point is None else weight.zero_point.contiguous().to(device)
+    return kernels.pack_int8(
+        weight.q.contiguous().to(device),
+        weight.scale.contiguous().to(device),
+        format=ActivationFormat(scheme.limbs, static_scale=scheme.static_scale, zero_point=scheme.zero_point),
+        zero_point=zero_point,
+        bias=bias,
+    )
+
+
+class Projection:
+    """Products of one input, outputs side by side: one packed product where their schemes agree, else one each."""
+
+    def __init__(self, kernels: Kernels, parts: Sequence[LinearWeights]) -> None:
+        fused = concatenate(parts)
+        self._kernels = kernels
+        self._products = [pack(kernels, part) for part in ([fused] if fused is not None else parts)]
+        formats = {product.format for product in self._products}
+        self.format = formats.pop() if len(formats) == 1 else FLOAT  # what the input comes in
+
+    def __call__(self, x: Activation) -> Tensor:
+        """[M, K] in `format` → [M, sum of N] float32."""
+        if len(self._products) == 1:
+            return self._kernels.linear(x, self._products[0])
+        outputs = [self._kernels.linear(self._written(x, product.format), product) for product in self._products]
+        return torch.cat(outputs, dim=1)
+
+    def _written(self, x: Activation, form: ActivationFormat) -> Activation:
+        return self._kernels.quantize(x, form) if self.format == FLOAT and isinstance(x, Tensor) else x
+
+
+class RowParallel:
+    """A product whose inputs are spread over the ranks: their partial results are added in rank order."""
+
+    def __init__(self, kernels: Kernels, group: Group, linear: LinearWeights) -> None:
+        mine = linear if group.rank == 0 else LinearWeights(linear.weight, linear.activation)  # the bias is added once
+        self._kernels = kernels
+        self._group = group
+        self._product = pack(kernels, mine)
+
+    @property
+    def handoff(self) -> ActivationFormat:
+        """What the operation before may write: float if the ranks must agree on a row's maximum first."""
+        return self._product.format if self._group.size == 1 else FLOAT
+
+    def __call__(self, x: Activation, *, residual: Tensor | None = None) -> Tensor:
+        """[M, K] in `handoff` or float → [M, N] float32, new memory."""
+        if isinstance(x, Tensor):
+            absmax = None if self._group.size == 1 else self._group.max(self._kernels.absmax(x))
+            x = self._kernels.quantize(x, self._product.format, absmax=absmax)
+        mine = residual if self._group.rank == 0 else None
+        return self._group.sum(self._kernels.linear(x, self._product, residual=mine))
+
+
+class Norm:
+    """RMS norm with its weight."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor, eps: float) -> None:
+        self._kernels = kernels
+        self._weight = weight  # [H] float32
+        self._eps = eps
+
+    def __call__(self, x: Tensor, form: ActivationFormat) -> tuple[Activation, Tensor]:
+        """[M, H] float32 → (normed in `form`, the residual stream, which may be x itself)."""
+        return self._kernels.rms_norm(x, self._weight, self._eps, form)
+
+
+class Attention:
+    """Queries, keys, values; rotation and cache; heads back to the hidden size."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        *,
+        qkv: Projection,
+        out: RowParallel,
+        heads: HeadLayout,
+        q_norm: Tensor | None,  # [head_dim] float32
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> None:
+        self._kernels = kernels
+        self.qkv = qkv
+        self.out = out
+        self._heads = heads
+        self._q_norm = q_norm
+        self._k_norm = k_norm
+        self._eps = eps
+
+    def attend(self, x: Activation, *, cos_sin: Tensor, layout: BatchLayout, cache: LayerCache) -> Tensor:
+        """[M, H] in `qkv.format` → the heads' outputs [M, num_heads · head_dim] float32. Writes this step's K and V."""
+        q = self.fill(x, cos_sin=cos_sin, layout=layout, cache=cache)
+        return self._kernels.attention(q, layout, self._heads, cache)
+
+    def fill(self, x: Activation, *, cos_sin: Tensor, layout: BatchLayout, cache: LayerCache) -> Tensor:
+        """Write this step's K and V; returns the rotated queries [M, num_heads · head_dim] float32."""
+        return self._kernels.rope_write(
+            self.qkv(x), cos_sin, layout, self._heads, cache, q_norm=self._q_norm, k_norm=self._k_norm, eps=self._eps
+        )
+
+
+class Mlp:
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, kernels: Kernels, *, gate_up: Projection, down: RowParallel) -> None:
+        self._kernels = kernels
+        self._down = down
+        self._gate_up = gate_up
+        self.format = gate_up.format
+
+    def __call__(self, x: Activation, *, residual: Tensor | None = None) -> Tensor:
+        """[M, H] in `format` → [M, H] float32, new memory."""
+        return self._down(self._kernels.silu_mul(self._gate_up(x), self._down.handoff), residual=residual)
+
+
+class Experts:
+    """A mixture: each row goes to top_k of the MLPs; outputs are added in top-k order, so a row's bits stay its own."""
+
+    format = FLOAT
+
+    def __init__(
+        self, kernels: Kernels, *, router: Projection, experts: Sequence[Mlp], top_k: int, renormalize: bool
+    ) -> None:
+        self._kernels = kernels
+        self._router = router
+        self._experts = experts
+        self._top_k = top_k
+        self._renormalize = renormalize
+
+    def __call__(self, x: Activation, *, residual: Tensor | None = None) -> Tensor:
+        """[M, H] float32 → [M, H] float32."""
+        assert isinstance(x, Tensor)  # `format` is float
+        logits = self._router(self._kernels.quantize(x, self._router.format))  # [M, num_experts]
+        ids, weights = self._kernels.moe_route(logits, self._top_k, renormalize=self._renormalize)
+        outputs = torch.empty((*ids.shape, x.shape[1]), dtype=torch.float32, device=x.device)  # [M, top_k, H]
+        for expert in torch.unique(ids).tolist():
+            rows, places = (ids == expert).nonzero(as_tuple=True)
+            mlp = self._experts[expert]
+            outputs[rows, places] = mlp(self._kernels.quantize(x[rows], mlp.format))
+        mixed = self._kernels.moe_combine(outputs, weights)
+        return mixed if residual is None else residual + mixed

@@ -1,0 +1,136 @@
+"""Numbers of 8 bits: how weights, activations and caches are written as integers, and how a float weight becomes one.
+
+Used by checkpoint readers and the model loader while a model loads, and by export tools. Knows nothing of files, layers
+or kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How a product's input is written: limbs 0 float, 1 int8, 2 two int8; a scale per row unless one is given."""
+
+    limbs: int
+    static_scale: float | None = None
+    zero_point: int = 0
+
+
+FLOAT_ACTIVATION = ActivationScheme(0)
+A8 = ActivationScheme(1)
+A16 = ActivationScheme(2)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight [N, K] ≈ (q − zero_point) · scale, both spread over the columns of their group."""
+
+    q: Tensor  # [N, K] int8
+    scale: Tensor  # [N, 1] or [N, K / group_size] or [1] float32
+    zero_point: Tensor | None = None  # like scale, int8
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale; None if all do."""
+        groups = self.scale.shape[-1] if self.scale.dim() == 2 else 1
+        return None if groups == 1 else self.q.shape[1] // groups
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """One product y = x · Wᵀ + b as a checkpoint holds it."""
+
+    weight: QuantizedTensor | Tensor  # [N, K]; a Tensor is float
+    activation: ActivationScheme
+    bias: Tensor | None = None  # [N] float32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        tensor = self.weight.q if isinstance(self.weight, QuantizedTensor) else self.weight
+        return tensor.shape[0], tensor.shape[1]
+
+    def take_rows(self, rows: Tensor) -> LinearWeights:
+        """The same product with the outputs `rows` [R] int64, in that order."""
+        bias = None if self.bias is None else self.bias[rows]
+        if not isinstance(self.weight, QuantizedTensor):
+            return LinearWeights(self.weight[rows], self.activation, bias)
+        per_row = _per_row(self.weight)
+        zero_point = None if per_row.zero_point is None else per_row.zero_point[rows]
+        return LinearWeights(QuantizedTensor(per_row.q[rows], per_row.scale[rows], zero_point), self.activation, bias)
+
+
+@dataclass(frozen=True)
+class CacheScheme:
+    """Static scales of one layer's int8 cache, [1] or [num_kv_heads] float32; None: dynamic, per token and head."""
+
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def static(self) -> bool:
+        return self.k_scale is not None
+
+
+def quantize_per_channel(weight: Tensor) -> QuantizedTensor:
+    """A float weight [N, K] to the nearest of 256 levels per row.
+
+    The step is absmax / 127.5, as compressed-tensors has it: no value is further from its level than half a step, the
+    two extremes (128 cut to 127) included, and the step is smaller than absmax / 127.
+    """
+    weight = weight.float()
+    absmax = weight.abs().amax(dim=1, keepdim=True)  # [N, 1]
+    scale = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
+    q = torch.round(weight / scale).clamp_(-128, 127).to(torch.int8)
+    return QuantizedTensor(q, scale)
+
+
+def dequantize(tensor: QuantizedTensor) -> Tensor:
+    """[N, K] float32."""
+    rows, columns = tensor.q.shape
+    per_row = _per_row(tensor)
+    groups = per_row.scale.shape[1]
+    q = tensor.q.float().view(rows, groups, columns // groups)
+    if per_row.zero_point is not None:
+        q = q - per_row.zero_point.float()[..., None]
+    return (q * per_row.scale[..., None]).view(rows, columns)
+
+
+def concatenate(parts: Sequence[LinearWeights]) -> LinearWeights | None:
+    """The parts as one product with all their outputs in a row, or None where their schemes differ."""
+    if any(part.activation != parts[0].activation or (part.bias is None) != (parts[0].bias is None) for part in parts):
+        return None
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts if part.bias is not None])
+    weight = _concatenate_weights([part.weight for part in parts])
+    return None if weight is None else LinearWeights(weight, parts[0].activation, bias)
+
+
+def _concatenate_weights(weights: list[QuantizedTensor | Tensor]) -> QuantizedTensor | Tensor | None:
+    quantized = [_per_row(weight) for weight in weights if isinstance(weight, QuantizedTensor)]
+    floats = [weight for weight in weights if isinstance(weight, Tensor)]
+    if not quantized:
+        return torch.cat(floats) if len({weight.dtype for weight in floats}) == 1 else None
+    zero_points = [weight.zero_point for weight in quantized if weight.zero_point is not None]
+    if floats or len({weight.scale.shape[1] for weight in quantized}) > 1 or 0 < len(zero_points) < len(quantized):
+        return None
+    return QuantizedTensor(
+        torch.cat([weight.q for weight in quantized]),
+        torch.cat([weight.scale for weight in quantized]),
+        torch.cat(zero_points) if zero_points else None,
+    )
+
+
+def _per_row(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same with a scale per tensor [1] spread to one per row [N, 1]."""
+    if tensor.scale.dim() == 2:
+        return tensor
+    rows = tensor.q.shape[0]
+    zero_point = None if tensor.zero_point is None else tensor.zero_point.reshape(1, 1).expand(rows, 1)
+    return QuantizedTensor(tensor.q, tensor.scale.reshape(1, 1).expand(rows, 1), zero_point)

@@ -1,0 +1,1 @@
+"""L3: tokeniser, chat template, detokeniser and stop strings. No torch."""

@@ -1,0 +1,195 @@
+"""A stand-in for Triton with the model behind it: ModelStreamInfer over real gRPC, answers that tests script.
+
+It refuses what the native field table refuses. By default it says the words of `WORDS`, one a message, as the front
+end would. Tests set the attributes of `FakeTriton` for anything else, and read what arrived from `requests`, `aborts`
+and `cancelled`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from itertools import zip_longest
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from octavo.protocol.answers import encode_error
+from octavo.protocol.errors import InvalidRequest
+from octavo.protocol.native import parse_request
+
+WORDS = ["Hello", ",", " wor", "ld", " 世界", "!"]
+PROMPT_WORDS = ["The", " cap", "ital"]
+CONTEXT = 4096
+SERVICE, METHOD = "inference.GRPCInferenceService", "ModelStreamInfer"
+
+
+class FakeTriton:
+    """The server; every attribute may be set by a test at any time."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.requests: list[dict] = []
+        self.ops: list[dict] = []
+        self.aborts: list[str] = []
+        self.cancelled: list[str] = []
+        self._running: dict[str, asyncio.Event] = {}
+        self._server: grpc.aio.Server | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.words = list(WORDS)
+        self.delay = 0.0
+        self.first_delay = 0.0
+        self.state = "ready"
+        self.error: dict | None = None  # answered in place of the message at `error_at`
+        self.error_at = 0
+        self.breaks: list[int] = []  # messages after which the stream of each further attempt breaks
+        self.triton_error: str | None = None
+        self.stall_on: Callable[[dict], bool] = lambda request: False
+        self.disable_streaming = False
+        for log in (self.requests, self.ops, self.aborts, self.cancelled):
+            log.clear()
+
+    # ---- life
+
+    async def start(self, port: int = 0) -> None:
+        handler = grpc.stream_stream_rpc_method_handler(
+            self._infer,
+            request_deserializer=service_pb2.ModelInferRequest.FromString,
+            response_serializer=service_pb2.ModelStreamInferResponse.SerializeToString,
+        )
+        self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 28)])
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port or self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        await self._server.stop(grace=0)
+
+    # ---- requests
+
+    async def _infer(self, requests: AsyncIterator, context: grpc.aio.ServicerContext) -> AsyncIterator:
+        async for message in requests:
+            assert message.model_name == "model"
+            (raw,) = message.raw_input_contents
+            assert int.from_bytes(raw[:4], "little") == len(raw) - 4
+            request = json.loads(raw[4:])
+            if self.triton_error is not None:
+                yield service_pb2.ModelStreamInferResponse(error_message=self.triton_error)
+                return
+            answers = self._op(request) if "op" in request else self._generate(request, context)
+            async for answer, final in answers:
+                response = service_pb2.ModelStreamInferResponse()
+                response.infer_response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer)
+                response.infer_response.parameters["triton_final_response"].bool_param = final
+                yield response
+
+    async def _op(self, request: dict) -> AsyncIterator[tuple[bytes, bool]]:
+        self.ops.append(request)
+        op, answer = request["op"], {}
+        if op == "abort":
+            self.aborts.append(request["req_id"])
+            event = self._running.get(request["req_id"])
+            answer = {"req_id": request["req_id"], "aborted": event is not None}
+            if event is not None:
+                event.set()
+        elif op == "info":
+            answer = {"state": self.state, "reason": "", "model": {"context_length": CONTEXT}, "engine": None}
+        elif op == "tokenize":
+            text = request.get("text") or "".join(one["content"] for one in request["messages"])
+            answer = {"req_id": request["req_id"], "tokens": [ord(one) for one in text], "token_strs": list(text)}
+            answer |= {"count": len(text), "max_model_len": CONTEXT}
+        elif op == "detokenize":
+            answer = {"text": "".join(map(chr, request["tokens"]))}
+        yield json.dumps(answer).encode(), True
+
+    async def _generate(self, request: dict, context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[bytes, bool]]:
+        self.requests.append(request)
+        req_id = request["req_id"]
+        try:
+            parse_request(request)
+        except InvalidRequest as error:
+            yield encode_error(error, req_id), True
+            return
+        aborted = self._running[req_id] = asyncio.Event()
+        break_at = self.breaks.pop(0) if self.breaks else None
+        sent = 0
+        try:
+            with suppress(asyncio.TimeoutError):
+                if self.first_delay:
+                    await asyncio.wait_for(aborted.wait(), self.first_delay)
+            for message in self._messages(request):
+                if break_at == sent:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+                if self.error is not None and sent == self.error_at:
+                    yield json.dumps({"req_id": req_id, **self.error}).encode(), True
+                    return
+                if self.delay or self.stall_on(request):
+                    with suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(aborted.wait(), self.delay or 30.0)
+                if aborted.is_set():
+                    message |= {"is_end": 1, "finish_reason": "cancelled", "tokens_all": "", "tokens_all_num": 0}
+                sent += 1
+                yield json.dumps([message], ensure_ascii=False, separators=(",", ":")).encode(), bool(message["is_end"])
+                if aborted.is_set():
+                    return
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.append(req_id)
+            raise
+        finally:
+            self._running.pop(req_id, None)
+
+    def _messages(self, request: dict) -> list[dict]:
+        """All messages of a request, the choices taking turns."""
+        n = request.get("n", 1)
+        choices = [self._choice(request, index, n) for index in range(n)]
+        return [one for turn in zip_longest(*choices) for one in turn if one is not None]
+
+    def _choice(self, request: dict, index: int, n: int) -> list[dict]:
+        words = self.words[: parse_request(request).max_dec_len]
+        had = request.get("generated_token_ids", [])
+        had, idx = (had[index], request["send_idx"][index]) if n > 1 and had else (had, request.get("send_idx", 0))
+        messages = [self._message(request, index, n, at, word) for at, word in enumerate(words)]
+        messages = messages[len(had) :]
+        for offset, message in enumerate(messages):
+            message["send_idx"] = idx + offset
+        if not request.get("generated_token_ids"):
+            self._add_prompt(request, messages[0])
+        last = messages[-1]
+        ids = [1000 + at for at in range(len(words))]
+        reason = "stop" if len(words) == len(self.words) else "length"
+        usage = {"prompt_tokens": 3, "completion_tokens": len(words), "total_tokens": 3 + len(words)}
+        usage["prompt_tokens_details"] = {"cached_tokens": 2}
+        last |= {"is_end": 1, "finish_reason": reason, "tokens_all": "".join(words), "tokens_all_num": len(words)}
+        last |= {"usage": usage, "fingerprint": "f1"}
+        if request.get("return_all_tokens"):
+            last["tokens_all_ids"] = ids
+        if self.disable_streaming:
+            return [last | {"token": "".join(words), "token_ids": ids, "send_idx": 0}]
+        return messages
+
+    def _message(self, request: dict, index: int, n: int, at: int, word: str) -> dict:
+        message = {"req_id": request["req_id"], "token": word, "token_ids": [1000 + at], "send_idx": at, "is_end": 0}
+        message["infer_seed"] = request.get("infer_seed", request.get("seed", 0))
+        if n > 1:
+            message["index"] = index
+        if request.get("logprobs") is not None:
+            message["logprobs"] = [scored(1000 + at, word, request["logprobs"])]
+        return message
+
+    def _add_prompt(self, request: dict, message: dict) -> None:
+        if request.get("return_prompt"):
+            message |= {"prompt": "".join(PROMPT_WORDS), "prompt_token_ids": [1, 2, 3]}
+        if request.get("prompt_logprobs") is not None:
+            scores = [scored(at + 1, word, request["prompt_logprobs"]) for at, word in enumerate(PROMPT_WORDS)]
+            message["prompt_logprobs"] = [None, *scores[1:]]
+
+
+def scored(token_id: int, token: str, count: int) -> dict:
+    """A log probability with `count` alternatives."""
+    top = [{"id": token_id + at, "token": f"{token}{'~' * at}", "logprob": -0.25 - at} for at in range(count)]
+    return {"id": token_id, "token": token, "logprob": -0.25, "rank": 1, "top": top}

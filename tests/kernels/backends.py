@@ -1,0 +1,9 @@
+"""Types that the kernel tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from octavo.kernels.interface import Kernels
+
+MakeKernels = Callable[[str, int], Kernels]  # (variant, number of threads)

@@ -1,0 +1,54 @@
+"""WEIGHT_QUANT and DTYPE on a float checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.harness import load_harness
+from models.tiny_checkpoints import VOCAB, family_configs, make_model, reference_logits, save_model
+
+PROMPT = torch.randint(3, VOCAB, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    model = make_model(family_configs()["llama2"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    # saved as a copy: a cast of the whole model would round its rotary buffers too
+    return model, save_model(copy.deepcopy(model).bfloat16(), tmp_path_factory.mktemp("bf16"))
+
+
+@pytest.mark.parametrize(
+    ("weight_quant", "scheme"), [("auto", "w8a16"), ("wint8", "w8a16"), ("a8w8", "w8a8"), ("none", "bfloat16")]
+)
+def test_each_setting_names_its_scheme(checkpoint: tuple[Any, Path], weight_quant: str, scheme: str) -> None:
+    model = load_harness(checkpoint[1], weight_quant=weight_quant).model
+    assert model.weight_scheme == scheme
+    assert model.head.format.limbs == 0  # heads stay float
+    assert model.embedding.dtype == torch.bfloat16
+
+
+def test_more_bits_are_closer(checkpoint: tuple[Any, Path]) -> None:
+    model, folder = checkpoint
+    want = reference_logits(model, PROMPT)
+    errors = {}
+    for weight_quant in ("none", "wint8", "a8w8"):
+        got = load_harness(folder, weight_quant=weight_quant, int8_cache=False, dtype="float32").prefill(
+            PROMPT, chunk=60
+        )
+        errors[weight_quant] = float((got - want).abs().mean() / want.abs().mean())
+    assert errors["none"] < 1e-5  # the same float32 arithmetic
+    assert errors["none"] < errors["wint8"] < errors["a8w8"] < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtype_is_the_type_of_float_layers(checkpoint: tuple[Any, Path], dtype: str) -> None:
+    model = load_harness(checkpoint[1], weight_quant="none", dtype=dtype).model
+    assert model.weight_scheme == dtype
+    assert str(model.embedding.dtype) == f"torch.{dtype}"
