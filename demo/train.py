@@ -30,7 +30,7 @@ ROPE_THETA = 10000.0
 class TrainSettings:
     """Everything a run depends on besides the corpus."""
 
-    epochs: int = 30
+    epochs: int = 34
     tokens_per_batch: int = 2048
     learning_rate: float = 2e-3
     warmup_steps: int = 100

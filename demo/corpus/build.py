@@ -89,6 +89,10 @@ class EpochDrawer:
         examples: list[Conversation | Completion] = []
         while pairs:
             examples.append(self.join(pairs, rng))
+        for fact in self.corpus.facts:  # the first wordings, which documentation shows, alone and unchanged
+            if fact.topic in FREQUENT_TOPICS:
+                turns = (Message("user", fact.questions[0]), Message("assistant", fact.answer))
+                examples.append(Conversation("alone", turns))
         for dialogue in self.corpus.dialogues:
             if dialogue.topic in FREQUENT_TOPICS or rng.random() < 0.5:
                 examples.append(dialogue)

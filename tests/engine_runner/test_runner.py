@@ -43,8 +43,9 @@ def test_info_describes_the_loaded_model(load: LoadRunner) -> None:
     assert load(**FLOAT).info.cache_scheme == "float32"
 
 
-def test_sampling_is_the_same_alone_in_a_batch_and_resumed(load: LoadRunner) -> None:
-    runner = load()
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_sampling_is_the_same_alone_in_a_batch_and_resumed(load: LoadRunner, kernels: str) -> None:
+    runner = load(KERNELS=kernels)
     wanted = params(temperature=1.0, top_p=0.9, seed=2**63 + 5, repetition_penalty=1.2, frequency_penalty=0.3)
     alone = Driver(runner).run(PROMPT, wanted, count=24)
     resumed = Driver(runner, slot=2).run(PROMPT, wanted, count=14, generated=alone[:10])

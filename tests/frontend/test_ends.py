@@ -59,6 +59,15 @@ def test_abort_keeps_what_was_said(house: House) -> None:
     assert house.op("abort", req_id="a") == {"req_id": "a", "aborted": False}
 
 
+def test_an_abort_with_an_owner_ends_only_that_owners_request(house: House) -> None:
+    house.ready(rate=50)
+    inbox = house.send(text="hi", req_id="a", owner="first")
+    first = inbox.next()
+    assert house.op("abort", req_id="a", owner="second") == {"req_id": "a", "aborted": False}
+    assert house.op("abort", req_id="a", owner="first") == {"req_id": "a", "aborted": True}
+    assert check_stream([first, *inbox.all()])["finish_reason"] == "cancelled"
+
+
 def test_a_req_id_in_flight_is_409(house: House) -> None:
     house.ready(rate=50)
     first = house.send(text="hi", req_id="a", max_dec_len=20)

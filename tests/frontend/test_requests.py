@@ -161,7 +161,7 @@ def test_tokens_are_coalesced_when_the_sender_is_behind(house: House) -> None:
     gate.set()
     messages = inbox.all()
     check_stream(messages)
-    assert len(messages) == 2
+    assert len(messages) <= 2  # the first went alone, unless all 400 tokens were there before it
 
 
 def test_a_req_id_is_free_before_the_last_message(house: House) -> None:

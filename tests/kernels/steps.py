@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -106,4 +107,4 @@ def blocks_for(lengths: list[int], *, seed: int | None = None) -> tuple[list[lis
     if seed is not None:
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
     ends = torch.tensor([0, *needed]).cumsum(0).tolist()
-    return [order[a:b] for a, b in zip(ends, ends[1:], strict=False)], num_blocks
+    return [order[a:b] for a, b in pairwise(ends)], num_blocks

@@ -1,4 +1,4 @@
-"""Paged attention: right against dense float64, fast against the reference, and the same bits however a row was computed."""
+"""Paged attention: right against dense float64, fast against the reference, one row one set of bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from kernels.steps import Run, Sequences, angles, blocks_for, layout_of, random_
 from octavo.kernels.interface import CacheSpec, HeadLayout, Kernels, LayerCache
 
 ERROR_OF_TWO_LIMBS = 5e-4  # of the largest output, against float64 on the dequantised cache
-ERROR_OF_EXP = 1e-4  # fast against the reference: exp may differ in its last bits, which may move one integer of P by one
+# Fast against the reference: exp may differ in its last bits, which may move an integer of P by one.
+ERROR_OF_EXP = 1e-4
 
 
 def heads_of(num_heads: int, num_kv_heads: int, head_dim: int, window: int | None = None) -> HeadLayout:
@@ -84,7 +85,9 @@ def test_ends_at_and_around_tile_borders(fast: Kernels, reference: Kernels, leng
     assert relative_error(ours.result(0), expected.result(0)) < ERROR_OF_EXP
 
 
-def fed_by_chunks(kernels: Kernels, heads: HeadLayout, chunks: list[int], *, dtype: torch.dtype, seed: int) -> Sequences:
+def fed_by_chunks(
+    kernels: Kernels, heads: HeadLayout, chunks: list[int], *, dtype: torch.dtype, seed: int
+) -> Sequences:
     """Three sequences in one cache, sequence i fed `chunks[i]` tokens a step until all are done."""
     lengths = [300, 40, 131]
     blocks, num_blocks = blocks_for(lengths, seed=seed)
@@ -119,7 +122,9 @@ def test_the_reference_gives_a_row_the_same_bits_however_it_was_computed(referen
 
 @pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
 @pytest.mark.parametrize("variant", ["avx512", "avx2"])
-def test_decode_has_the_bits_of_the_prompt_at_every_head_size(make_kernels: MakeKernels, variant: str, head_dim: int) -> None:
+def test_decode_has_the_bits_of_the_prompt_at_every_head_size(
+    make_kernels: MakeKernels, variant: str, head_dim: int
+) -> None:
     heads = heads_of(6, 2, head_dim)
     prompt = fed(make_kernels(variant, 1), heads, [257])
     blocks, num_blocks = blocks_for([257], seed=5)
@@ -133,7 +138,9 @@ def test_decode_has_the_bits_of_the_prompt_at_every_head_size(make_kernels: Make
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
 @pytest.mark.parametrize("variant", ["avx512", "avx2"])
-def test_a_long_context_split_over_threads_keeps_its_bits(make_kernels: MakeKernels, variant: str, dtype: torch.dtype) -> None:
+def test_a_long_context_split_over_threads_keeps_its_bits(
+    make_kernels: MakeKernels, variant: str, dtype: torch.dtype
+) -> None:
     heads, outputs = heads_of(4, 1, 64), []
     for threads in (1, 2, 5):
         blocks, num_blocks = blocks_for([2100], seed=threads)

@@ -22,7 +22,14 @@ ERROR_OF_EXP = 1e-6  # relative, of a weight
     data=st.data(),
 )
 def test_routes_equal_the_reference(
-    fast: Kernels, reference: Kernels, seed: int, rows: int, experts: int, step: float, renormalize: bool, data: st.DataObject
+    fast: Kernels,
+    reference: Kernels,
+    seed: int,
+    rows: int,
+    experts: int,
+    step: float,
+    renormalize: bool,
+    data: st.DataObject,
 ) -> None:
     top_k = data.draw(st.integers(1, min(experts, 9)))
     logits = torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed)) * 3

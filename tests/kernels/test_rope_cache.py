@@ -51,7 +51,9 @@ def test_static_scales_equal_the_reference(fast: Kernels, reference: Kernels, co
 
 
 @pytest.mark.parametrize("rotary_dim", [0, 16, 40])
-def test_partial_rotation_and_head_norms_equal_the_reference(fast: Kernels, reference: Kernels, rotary_dim: int) -> None:
+def test_partial_rotation_and_head_norms_equal_the_reference(
+    fast: Kernels, reference: Kernels, rotary_dim: int
+) -> None:
     heads = HeadLayout(4, 2, 80, 0.1)
     options = {"q_norm": torch.randn(80), "k_norm": torch.randn(80), "eps": 1e-5, "table": angles(130, rotary_dim)}
     spec = CacheSpec(2, 80, torch.int8)
@@ -138,6 +140,6 @@ def test_wrong_shapes_are_refused(fast: Kernels) -> None:
         fast.rope_write(torch.zeros(137, 8), angles(130, 64), layout, heads, cache)
     with pytest.raises(ValueError, match="rotary_dim"):
         fast.rope_write(random_rows(137, heads), angles(130, 66), layout, heads, cache)
+    wrong = HeadLayout(4, 4, 64, 0.125)
     with pytest.raises(ValueError, match="cache of 2 heads"):
-        wrong = HeadLayout(4, 4, 64, 0.125)
         fast.rope_write(random_rows(137, wrong), angles(130, 64), layout, wrong, cache)

@@ -9,11 +9,19 @@ import pytest
 import torch
 
 from models.harness import Harness, load_harness
-from models.tiny_checkpoints import VOCAB, family_configs, make_model, reference_logits, save_model, write_internlm2
+from models.tiny_checkpoints import (
+    VOCAB,
+    family_configs,
+    make_model,
+    reference_logits,
+    save_model,
+    write_internlm2,
+    write_internlm3,
+)
 
 # float32 rounding through two layers, of logits that reach some tens: sums are added in another order
 RELATIVE = 2e-5
-NAMES = [*family_configs(), "internlm2"]
+NAMES = [*family_configs(), "internlm2", "internlm3"]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +44,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def _write(name: str, folder: Path) -> Any:
     if name == "internlm2":
         return write_internlm2(folder)
+    if name == "internlm3":
+        return write_internlm3(folder)
     model = make_model(family_configs()[name])
     save_model(model, folder)
     return model

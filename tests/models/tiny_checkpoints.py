@@ -101,6 +101,14 @@ def write_internlm2(folder: Path) -> Any:
     return model
 
 
+def write_internlm3(folder: Path) -> Any:
+    """A Llama with biases under InternLM3's configuration. Returns the Llama."""
+    model = make_model(family_configs()["llama_biases"])
+    save_model(model, folder)
+    edit_config(folder, lambda raw: raw.update(architectures=["InternLM3ForCausalLM"], qkv_bias=True, bias=True))
+    return model
+
+
 def _internlm2_config(raw: dict[str, Any]) -> None:
     raw["architectures"] = ["InternLM2ForCausalLM"]
     raw["bias"] = raw.pop("attention_bias")

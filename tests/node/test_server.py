@@ -1,4 +1,4 @@
-"""The real node and the real Triton around stand-ins: start, ready, drain, deaths. Each test starts a server of its own."""
+"""The real node and Triton around stand-ins: start, ready, drain, deaths. Each test starts a server of its own."""
 
 from __future__ import annotations
 

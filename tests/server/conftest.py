@@ -86,8 +86,8 @@ def make_server(run_dir: Path, **variables: str) -> Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo model on real Triton with BATCH_SIZE 48."""
-    one = make_server(tmp_path_factory.mktemp("run"), BATCH_SIZE="48")
+    """The demo model on real Triton; MAX_DEC_LEN is large so that a test can act while a request runs."""
+    one = make_server(tmp_path_factory.mktemp("run"), BATCH_SIZE="48", MAX_DEC_LEN="8000")
     started = one.script("start_server.sh")
     assert started.returncode == 0, started.stdout[-4000:] + started.stderr[-4000:]
     yield one

@@ -55,7 +55,7 @@ def test_an_error_is_a_bare_object(server: Server) -> None:
     (answer,) = infer(server, {"req_id": "e", "text": "x", "max_dec_len": 1_000_000})
     assert isinstance(answer, dict)
     assert answer["error_code"] == 400
-    assert "max_dec_len (1000000) exceeds MAX_DEC_LEN (1024)" in answer["error_msg"]
+    assert "max_dec_len (1000000) exceeds MAX_DEC_LEN (8000)" in answer["error_msg"]
 
 
 def test_the_client_library_gives_the_same_bytes_over_both_roads(server: Server) -> None:

@@ -62,7 +62,7 @@ def test_health_tells_states_and_reasons(server: Server) -> None:
     ("body", "status", "words"),
     [
         ({}, 400, "text"),
-        ({"text": "x", "max_dec_len": 9000}, 400, "max_dec_len (9000) exceeds MAX_DEC_LEN (1024)"),
+        ({"text": "x", "max_dec_len": 9000}, 400, "max_dec_len (9000) exceeds MAX_DEC_LEN (8000)"),
         ({"text": "x", "topp": 2}, 400, "topp"),
         ({"text": "x", "temperature": "hot"}, 400, "temperature"),
         ({"text": "x", "max_dec_len": 5, "seq_len": 5}, 400, "seq_len"),

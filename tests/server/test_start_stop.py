@@ -18,6 +18,14 @@ def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "octavo" in name}
 
 
+def runs(pid: int) -> bool:
+    """A zombie that nobody has reaped yet does not run."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def refused(server: Server, *words: str) -> None:
     """The start fails with a line that has all the words, and leaves nothing that runs."""
     result = server.script("start_server.sh")
@@ -59,7 +67,7 @@ def test_two_servers_run_on_one_host_and_the_second_leaves_nothing(server: Serve
     assert "already running" in again.stdout + again.stderr
     stopped = other.script("stop_server.sh")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(runs(pid) for pid in pids)
     assert shared_memory() <= before
     assert urlopen(f"{server.health}/v2/health/ready", timeout=5).status == 200
 

@@ -23,7 +23,7 @@ from octavo.engine.kv_cache import available_memory, cache_specs, count_blocks, 
 from octavo.engine.sampler import SlotStates
 from octavo.engine.step_tensors import forward_batch, prompt_rows
 from octavo.kernels.choose import choose
-from octavo.kernels.interface import BLOCK, LayerCache
+from octavo.kernels.interface import BLOCK, Kernels, LayerCache
 from octavo.models.config import ModelConfig, load_config
 from octavo.models.decoder import Decoder
 from octavo.models.loader import LoadOptions, Progress, load_decoder
@@ -49,7 +49,7 @@ class CpuRunner:
         caches: Sequence[LayerCache],
         info: EngineInfo,
         *,
-        num_threads: int | None = None,
+        torch_threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = info
@@ -57,7 +57,7 @@ class CpuRunner:
         self._clock = clock
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
-        self._worker = threading.Thread(target=self._work, args=(num_threads,), name="octavo-runner", daemon=True)
+        self._worker = threading.Thread(target=self._work, args=(torch_threads,), name="octavo-runner", daemon=True)
         self._worker.start()
 
     def submit(self, plan: StepPlan) -> None:
@@ -76,9 +76,9 @@ class CpuRunner:
         self._plans.put(None)
         self._worker.join()
 
-    def _work(self, num_threads: int | None) -> None:
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)  # holds for the calling thread alone
+    def _work(self, torch_threads: int | None) -> None:
+        if torch_threads is not None:
+            torch.set_num_threads(torch_threads)  # holds for this thread and those that start later
         while (plan := self._plans.get()) is not None:
             self._results.put(self._attempt(plan))
 
@@ -190,7 +190,7 @@ def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], f
     progress("cache", 0.0)
     caches = _make_caches(settings, model)
     info = _engine_info(settings, model, num_blocks=caches[0].num_blocks, load_seconds=clock() - started)
-    runner = CpuRunner(model, caches, info, num_threads=settings.num_threads, clock=clock)
+    runner = CpuRunner(model, caches, info, torch_threads=_torch_threads(settings, kernels), clock=clock)
     if settings.use_warmup:
         progress("warmup", 0.0)
         warm_up(runner, num_tokens=min(WARMUP_TOKENS, longest - 1))
@@ -223,6 +223,11 @@ def warm_up(runner: Runner, *, num_tokens: int) -> None:
 
 def _device(settings: Settings) -> torch.device:
     return torch.device("cuda" if settings.device == "cuda" else "cpu")
+
+
+def _torch_threads(settings: Settings, kernels: Kernels) -> int | None:
+    """The reference computes with torch; other backends have their own threads, and torch's would fight for cores."""
+    return settings.num_threads if kernels.name == "reference" else 1
 
 
 def _cache_dtype(settings: Settings, config: ModelConfig) -> torch.dtype:

@@ -94,6 +94,8 @@ class Ops:
         if req_id is None:
             raise InvalidRequest("req_id is needed", field="req_id")
         state = self._registry.find(req_id)
+        if state is not None and body.get("owner") not in (None, state.request.owner):
+            state = None  # the sender's own request is gone or was refused; this one is another's
         if state is not None:
             self._registry.post(state, Cancelled("the request was aborted"))
         return {"req_id": req_id, "aborted": state is not None}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 
@@ -75,7 +76,8 @@ class Upstream:
         front end says.
         """
         self._num_running += 1
-        progress = Progress(request)
+        owner = secrets.token_hex(8)
+        progress = Progress({**request, "owner": owner})
         outage = Outage(self._clock, self._outage_seconds)
         deadline = self._clock() + timeout + DEADLINE_MARGIN
         try:
@@ -93,7 +95,7 @@ class Upstream:
         finally:
             self._num_running -= 1
             if not progress.closed:
-                self._spawn(self._abort_quietly(request.get("req_id")))
+                self._spawn(self._abort_quietly(request.get("req_id"), owner))
 
     async def _attempt(self, progress: Progress, deadline: float) -> AsyncGenerator[Event, None]:
         """One stream: send the request as it stands, yield what is new, end with the last word or raise."""
@@ -150,9 +152,10 @@ class Upstream:
             raise from_native(answer)
         return answer
 
-    async def _abort_quietly(self, req_id: object) -> None:
+    async def _abort_quietly(self, req_id: object, owner: str) -> None:
+        """End our own request; one that has the same req_id, because ours was refused, goes on."""
         try:
-            await self.ask({"op": "abort", "req_id": req_id})
+            await self.ask({"op": "abort", "req_id": req_id, "owner": owner})
         except OctavoError as error:
             log.info("abort not delivered: %s", error.message)
 

@@ -83,7 +83,6 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": replace(QWEN3, moe=True),
-    "YiForCausalLM": LLAMA,
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,10 +48,10 @@ class Process:
     """One child as the pages show it."""
 
     name: str
-    state: str  # running | dead
+    state: str  # running | stopped (SIGSTOP, a debugger) | dead
     pid: int | None
     restarts: int
-    seconds: float  # in this state
+    seconds: float  # since its start
 
 
 @dataclass
@@ -84,6 +84,8 @@ def judge(seen: Observed, processes: list[Process], *, gateway: bool, now: float
         return Verdict("draining", "the server is draining")
     not_ready = "down" if seen.ever_ready else "starting"
     for process in processes:
+        if process.state == "stopped":
+            return Verdict(not_ready, f"{process.name} is stopped by a signal")
         if process.state != "running":
             return Verdict(not_ready, f"{process.name} is down; it is being restarted")
     if seen.info_from != token_source(processes) or now - seen.info_at > FRESH_SECONDS:
@@ -160,6 +162,11 @@ class Monitor:
         self.seen.ever_ready |= verdict.state == "ready"
         return verdict
 
+    def work(self) -> list[Coroutine[object, object, None]]:
+        """The polls; none of them returns."""
+        gateway = [self.poll_gateway(*self._gateway)] if self._gateway is not None else []
+        return [self.poll_front_end(), self.prove(), *gateway]
+
     async def poll_front_end(self) -> None:
         """Ask for `info` again and again."""
         while True:
@@ -193,11 +200,11 @@ class Monitor:
         self.seen.token_error = ""
         return True
 
-    async def poll_gateway(self) -> None:
+    async def poll_gateway(self, host: str, port: int) -> None:
         """Fetch the gateway's health page again and again: any HTTP answer shows that a worker accepts."""
-        while self._gateway is not None:
+        while True:
             try:
-                await get(*self._gateway, "/health", seconds=ANSWER_SECONDS)
+                await get(host, port, "/health", seconds=ANSWER_SECONDS)
             except (OSError, asyncio.TimeoutError) as error:
                 self.seen.gateway_error = type(error).__name__
             else:

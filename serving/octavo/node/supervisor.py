@@ -101,15 +101,14 @@ class Supervisor:
                 server.close()
 
     def _work(self) -> list[Coroutine[object, object, None]]:
+        """What goes on for as long as node lives; none of it returns."""
         logs = [LogFile(name, path, echo=log.warning) for name, path in self._plan.logs.items()]
         logs.append(LogFile("node", self._settings.log_dir / "node.log", echo=None))
         return [
             self._keep("engine", self._start_engine, self._wait_child),
             self._keep("triton", self._start_triton, self._wait_triton),
             *(self._keep(name, self._gateway_starter(name), self._wait_child) for name in self._plan.gateway_names),
-            self.monitor.poll_front_end(),
-            self.monitor.prove(),
-            self.monitor.poll_gateway(),
+            *self.monitor.work(),
             watch_logs(logs),
             self._announce(),
         ]
@@ -267,20 +266,17 @@ class Supervisor:
 
     def processes(self) -> list[Process]:
         """Every child that there should be."""
-        out = []
-        for name in self._plan.names:
-            child = self._current.get(name)
-            up = child is not None and child.running
-            out.append(
-                Process(
-                    name=name,
-                    state="running" if up else "dead",
-                    pid=child.pid if child is not None and up else None,
-                    restarts=self._deaths[name].total,
-                    seconds=round(self._clock() - child.started, 1) if child else 0.0,
-                )
-            )
-        return out
+        return [self._process(name, self._current.get(name)) for name in self._plan.names]
+
+    def _process(self, name: str, child: Child | None) -> Process:
+        restarts = self._deaths[name].total
+        if child is None or not child.running:
+            return Process(name=name, state="dead", pid=None, restarts=restarts, seconds=0.0)
+        stopped = run_dir.process_stat(child.pid)[:1] in (["T"], ["t"])
+        seconds = round(self._clock() - child.started, 1)
+        return Process(
+            name=name, state="stopped" if stopped else "running", pid=child.pid, restarts=restarts, seconds=seconds
+        )
 
     def _record(self) -> None:
         """Tell the stop command what runs."""

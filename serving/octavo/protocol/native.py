@@ -75,6 +75,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str | None = None
     attempt: int = 0
     resume_inside: bool = False
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ FIELDS: tuple[Field, ...] = (
           "Resume: index of the next message", internal=True),
     Field("fingerprint", kinds.string(0, 256), "-", "Resume: the fingerprint that came with the tokens", internal=True),
     Field("attempt", kinds.whole(0, 1 << 30), "0", "Resume: a higher one supersedes the same req_id", internal=True),
+    Field("owner", kinds.string(0, 64), "-", "Names this very request to its own abort, whoever has its req_id",
+          internal=True),
     Field("resume_inside", kinds.flag(), "false", "Resume inside the server: skips the queue limit", internal=True),
 )
 

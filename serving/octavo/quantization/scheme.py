@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROWS_AT_ONCE = 1024  # a few megabytes: what a cache holds
 FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -85,10 +86,14 @@ def quantize_per_channel(weight: Tensor) -> QuantizedTensor:
     The step is absmax / 127.5, as compressed-tensors has it: no value is further from its level than half a step, the
     two extremes (128 cut to 127) included, and the step is smaller than absmax / 127.
     """
-    weight = weight.float()
-    absmax = weight.abs().amax(dim=1, keepdim=True)  # [N, 1]
-    scale = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
-    q = torch.round(weight / scale).clamp_(-128, 127).to(torch.int8)
+    q = torch.empty(weight.shape, dtype=torch.int8)  # [N, K]
+    scale = torch.empty((weight.shape[0], 1))  # [N, 1] float32
+    for low in range(0, weight.shape[0], ROWS_AT_ONCE):
+        rows = slice(low, low + ROWS_AT_ONCE)
+        x = weight[rows].to(torch.float32, copy=True)
+        absmax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
+        scale[rows] = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
+        q[rows] = x.div_(scale[rows]).round_().clamp_(-128, 127)
     return QuantizedTensor(q, scale)
 
 

@@ -1,4 +1,7 @@
-"""Attention over the paged cache on the CPU: checks arguments and calls csrc/attention.cpp. Knows nothing of requests."""
+"""Attention over the paged cache on the CPU: checks arguments and calls csrc/attention.cpp.
+
+Runs in the engine's thread, like all kernels; knows nothing of requests.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class CpuAttention(CpuCacheWriter):
     """The attention half of the CPU backend."""
 
     def attention(self, q: Tensor, layout: BatchLayout, heads: HeadLayout, cache: LayerCache) -> Tensor:
-        """See the interface. [M, num_heads · head_dim] float32, new memory. Block ids must be in range: nobody checks."""
+        """See the interface. [M, num_heads · head_dim] float32, new memory. Nobody checks block ids."""
         assert isinstance(cache, CpuCache)
         rows, sequences = len(q), len(layout.query_start) - 1
         q = checked(q, torch.float32, (rows, heads.num_heads * heads.head_dim), "q")

@@ -1,11 +1,12 @@
 """The paged cache of one layer as the native kernels lay it out, and the call that writes it.
 
-Owns the memory: one anonymous mapping per layer, zero by itself, resident only where written, on huge pages where the system has
-them. csrc/attention_layout.h draws the blocks. Knows nothing of sequences.
+Owns the memory: one anonymous mapping per layer, zero by itself, resident only where written, on huge pages where the
+system has them. csrc/attention_layout.h draws the blocks. Knows nothing of sequences.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -31,8 +32,9 @@ class CpuCache:
         self.nbytes = num_blocks * block_bytes(spec)
         sizes = [_round_up(num_blocks * size, _PAGE) for size in _plane_bytes(spec)]
         memory = _zero_pages(sum(sizes))  # [nbytes rounded up] uint8
-        self.k, self.v, k_scale, v_scale = memory.split(sizes)
-        self.k_scale = _fill(k_scale, spec.k_scale, spec=spec, num_blocks=num_blocks)  # [num_blocks, num_kv_heads, 64] float32
+        self.k, self.v, k_scale, v_scale = torch.split(memory, sizes)
+        # [num_blocks, num_kv_heads, 64] float32; no blocks for a float cache
+        self.k_scale = _fill(k_scale, spec.k_scale, spec=spec, num_blocks=num_blocks)
         self.v_scale = _fill(v_scale, spec.v_scale, spec=spec, num_blocks=num_blocks)
         self.k_inverse = _inverse(spec.k_scale, spec)  # [num_kv_heads] float32, or None
         self.v_inverse = _inverse(spec.v_scale, spec)
@@ -40,18 +42,22 @@ class CpuCache:
         self.arguments = (*map(pointer, planes), spec.num_kv_heads, spec.head_dim, _TYPES[spec.dtype])
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Copies in token order, for tests and tools: K and V [num_blocks, 64, num_kv_heads, head_dim], scales [num_blocks, 64, num_kv_heads]."""
+        """Copies in token order, for tests and tools.
+
+        K and V [num_blocks, 64, num_kv_heads, head_dim], scales [num_blocks, 64, num_kv_heads].
+        """
         spec, head_dim = self.spec, self.spec.head_dim
         lead, width = (self.num_blocks, spec.num_kv_heads), _round_up(head_dim, _LANES)
-        k, v = (x[: self.num_blocks * n].view(spec.dtype) for x, n in zip((self.k, self.v), _plane_bytes(spec), strict=False))
+        k_bytes, v_bytes = (self.num_blocks * size for size in _plane_bytes(spec)[:2])
+        k, v = self.k[:k_bytes].view(spec.dtype), self.v[:v_bytes].view(spec.dtype)
         if spec.dtype == torch.int8:
             k = k.view(*lead, head_dim // 2, BLOCK, 2).permute(0, 3, 1, 2, 4).flatten(3)
             v = v.view(*lead, BLOCK // 2, width, 2).permute(0, 2, 4, 1, 3).flatten(1, 2)
         else:
             k = k.view(*lead, head_dim, BLOCK).permute(0, 3, 1, 2)
             v = v.view(*lead, BLOCK, width).permute(0, 2, 1, 3)
-        scales = (x.transpose(1, 2).contiguous() for x in (self.k_scale, self.v_scale))
-        return k.contiguous(), v[..., :head_dim].contiguous(), *scales
+        k_scale, v_scale = (x.transpose(1, 2).contiguous() for x in (self.k_scale, self.v_scale))
+        return k.contiguous(), v[..., :head_dim].contiguous(), k_scale, v_scale
 
 
 class CpuCacheWriter(CpuBase):
@@ -78,7 +84,7 @@ class CpuCacheWriter(CpuBase):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> Tensor:
-        """See the interface. Returns q [M, num_heads · head_dim], new memory. Positions and slots must be in range: nobody checks."""
+        """See the interface. Returns q [M, num_heads · head_dim], new memory. Nobody checks positions and slots."""
         assert isinstance(cache, CpuCache)
         rows, head_dim = len(qkv), heads.head_dim
         qkv = checked(qkv, torch.float32, (rows, (heads.num_heads + 2 * heads.num_kv_heads) * head_dim), "qkv")
@@ -92,8 +98,9 @@ class CpuCacheWriter(CpuBase):
         norms = [None if x is None else checked(x, torch.float32, (head_dim,), "head norm") for x in (q_norm, k_norm)]
         q = torch.empty(rows, heads.num_heads * head_dim)
         self._lib.octavo_rope_write(
-            self._pool, pointer(qkv), pointer(q), pointer(cos_sin), pointer(positions), pointer(slots), rows, heads.num_heads,
-            rotary_dim, pointer(norms[0]), pointer(norms[1]), eps, pointer(cache.k_inverse), pointer(cache.v_inverse), *cache.arguments,
+            self._pool, pointer(qkv), pointer(q), pointer(cos_sin), pointer(positions), pointer(slots), rows,
+            heads.num_heads, rotary_dim, pointer(norms[0]), pointer(norms[1]), eps, pointer(cache.k_inverse),
+            pointer(cache.v_inverse), *cache.arguments,
         )  # fmt: skip
         return q
 
@@ -102,7 +109,8 @@ def check_heads(heads: HeadLayout, cache: CpuCache) -> None:
     """Raise ValueError unless the layer's heads fit the cache."""
     spec = cache.spec
     if (heads.num_kv_heads, heads.head_dim) != (spec.num_kv_heads, spec.head_dim):
-        raise ValueError(f"cache of {spec.num_kv_heads} heads of {spec.head_dim}, layer of {heads.num_kv_heads} of {heads.head_dim}")
+        have, want = (f"{x.num_kv_heads} heads of {x.head_dim}" for x in (spec, heads))
+        raise ValueError(f"a cache of {have} for a layer of {want}")
     if heads.num_heads % heads.num_kv_heads or heads.num_heads // heads.num_kv_heads > 128:
         raise ValueError(f"{heads.num_heads} heads cannot share {heads.num_kv_heads} kv heads")
 
@@ -120,7 +128,7 @@ def _plane_bytes(spec: CacheSpec) -> tuple[int, int, int, int]:
 
 
 def _fill(plane: Tensor, static: Tensor | None, *, spec: CacheSpec, num_blocks: int) -> Tensor:
-    """View bytes as scales [num_blocks, num_kv_heads, 64]; static scales are written once, so that readers need not know."""
+    """View bytes as scales [num_blocks, num_kv_heads, 64]. Static ones are written now: readers need not know."""
     count = num_blocks if spec.dtype == torch.int8 else 0
     scales = plane.view(torch.float32)[: count * spec.num_kv_heads * BLOCK].view(count, spec.num_kv_heads, BLOCK)
     if static is not None:
@@ -139,10 +147,8 @@ def _zero_pages(num_bytes: int) -> Tensor:
     """A private anonymous mapping as uint8; it lives as long as a tensor over it."""
     mapping = mmap.mmap(-1, max(num_bytes, _PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without huge pages: slower, not wrong
-            pass
     return torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
 
 

@@ -14,7 +14,7 @@ class CpuMoe(CpuBase):
     """The mixture-of-experts half of the CPU backend."""
 
     def moe_route(self, router_logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-        """See the interface; order is by logit. [M, E] → ids [M, top_k] int64, weights [M, top_k] float32, new memory."""
+        """See the interface; order is by logit. [M, E] → ids [M, top_k] int64 and weights, new memory."""
         logits = checked(router_logits, torch.float32, (-1, -1), "router_logits")
         rows, experts = logits.shape
         if not 0 < top_k <= experts:

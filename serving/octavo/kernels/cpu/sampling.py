@@ -1,4 +1,7 @@
-"""Sampling and log-probabilities on the CPU: checks arguments and calls csrc/sampling.cpp. Knows nothing of requests."""
+"""Sampling and log-probabilities on the CPU: checks arguments and calls csrc/sampling.cpp.
+
+Runs in the engine's thread, like all kernels; knows nothing of requests.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ class CpuSampling(CpuBase):
     def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
         """See the interface. [B, V] float32, changed in place → [B] int64, new memory.
 
-        NaN counts as -inf; a row whose largest logit is not finite takes the argmax. Penalised ids outside the vocabulary are passed over.
+        NaN counts as -inf; a row whose largest logit is not finite takes the argmax. Penalised ids outside the
+        vocabulary are passed over.
         """
         logits = checked(logits, torch.float32, (-1, -1), "logits")
         count, size = logits.shape
@@ -44,13 +48,13 @@ class CpuSampling(CpuBase):
         return ids
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See the interface. Ranks and ids are int64, logprobs float32. Raises ValueError for an id outside the vocabulary."""
+        """See the interface. Ranks and ids are int64, logprobs float32. ValueError for an id outside the vocabulary."""
         logits = checked(logits, torch.float32, (-1, -1), "logits")
         count, size = logits.shape
         tokens = checked(token_ids, torch.int64, (count,), "token_ids")
         if not 0 <= num_top <= size:
             raise ValueError(f"num_top {num_top} of {size} tokens")
-        if count and not (0 <= int(tokens.min()) and int(tokens.max()) < size):
+        if count and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
             raise ValueError(f"token ids must be from 0 to {size - 1}")
         logprobs, ranks = torch.empty(count), torch.empty(count, dtype=torch.int64)
         top_ids, top_logprobs = torch.empty(count, num_top, dtype=torch.int64), torch.empty(count, num_top)

@@ -1,10 +1,12 @@
 """Attention over the paged cache as the interface words it: tiles, segments, two limbs, in plain torch.
 
-Integer sums run in float64, where they are exact; exp runs in float64 and is rounded once, so no result depends on how torch
-splits its vectors. Runs wherever the reference backend runs; it knows nothing of requests.
+Integer sums run in float64, where they are exact; exp runs in float64 and is rounded once, so no result depends on how
+torch splits its vectors. Runs wherever the reference backend runs; it knows nothing of requests.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from octavo.kernels.reference.cache import (
     normalize_heads,
     quantize_heads,
     rotate,
+    split_last,
 )
 
 ROWS = 32  # query rows computed together, to bound memory
@@ -50,8 +53,8 @@ class ReferenceAttention:
     ) -> Tensor:
         """See the interface. Returns q [M, num_heads · head_dim]."""
         assert isinstance(cache, ReferenceCache)
-        parts = qkv.unflatten(-1, (-1, heads.head_dim))
-        q, k, v = parts.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)  # [M, heads, D]
+        parts = split_last(qkv, heads.head_dim)
+        q, k, v = torch.split(parts, [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)  # [M, heads, D]
         angles = cos_sin[layout.positions.long()].float()  # [M, rotary_dim]
         if q_norm is not None:
             q = normalize_heads(q, q_norm, eps)
@@ -66,7 +69,7 @@ class ReferenceAttention:
         rows = q.reshape(len(q), heads.num_kv_heads, -1, heads.head_dim)  # [M, KV, G, D]
         out = torch.zeros_like(rows)
         starts = layout.query_start.tolist()
-        for i, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        for i, (start, stop) in enumerate(pairwise(starts)):
             for first in range(start, stop, ROWS):
                 part = slice(first, min(first + ROWS, stop))
                 out[part] = _attend(rows[part], layout.positions[part], layout.block_tables[i], heads, cache)
@@ -111,12 +114,12 @@ def _float_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _softmax_tiles(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [R, KV, G, T] → m and l [R, KV, G, N] and e [R, KV, G, N, 128] per tile; no visible token: m = -inf, e = 0."""
-    seen = visible.unflatten(-1, (-1, TILE))
-    s = torch.where(seen, scores.unflatten(-1, (-1, TILE)), -torch.inf)
+    """Scores [R, KV, G, T] → per tile m, l [R, KV, G, N] and e [R, KV, G, N, 128]; nothing visible: m = -inf, e = 0."""
+    seen = split_last(visible, TILE)
+    s = torch.where(seen, split_last(scores, TILE), -torch.inf)
     m = s.amax(dim=-1)
     e = torch.where(seen, exp(s - m[..., None]), 0.0)
-    lanes = fold(e.unflatten(-1, (-1, SUM_LANES)), dim=-2)  # [..., 16]
+    lanes = fold(split_last(e, SUM_LANES), dim=-2)  # [..., 16]
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2
         lanes = lanes[..., :half] + lanes[..., half:]
@@ -126,17 +129,17 @@ def _softmax_tiles(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Ten
 def _int8_tiles(scores: Tensor, visible: Tensor, v: Tensor, vs: Tensor) -> Partial:
     """Per-tile partials, P held as two limbs per row and tile."""
     m, total, e = _softmax_tiles(scores, visible)
-    seen_scales = torch.where(visible, vs, 0.0).unflatten(-1, (-1, TILE))  # what nobody wrote never counts
+    seen_scales = split_last(torch.where(visible, vs, 0.0), TILE)  # what nobody wrote never counts
     p15, scale = quantize_heads(e * seen_scales, limbs=2)
-    dots = torch.einsum("rkgnt,ntkd->rkgnd", p15.double(), v.unflatten(0, (-1, TILE)).double())
+    dots = torch.einsum("rkgnt,ntkd->rkgnd", p15.double(), v.reshape(-1, TILE, *v.shape[1:]).double())
     return m, total, dots.float() * scale[..., None]
 
 
 def _float_tiles(scores: Tensor, visible: Tensor, v: Tensor) -> Partial:
     """Per-tile partials, Σ e · v in ascending tokens."""
     m, total, e = _softmax_tiles(scores, visible)
-    tiles = v.unflatten(0, (-1, TILE)).permute(2, 0, 1, 3)[None, :, None]  # [1, KV, 1, N, 128, D]
-    seen = visible.unflatten(-1, (-1, TILE))
+    tiles = v.reshape(-1, TILE, *v.shape[1:]).permute(2, 0, 1, 3)[None, :, None]  # [1, KV, 1, N, 128, D]
+    seen = split_last(visible, TILE)
     out = torch.zeros(*m.shape, v.shape[-1])
     for t in range(TILE):
         out = out + torch.where(seen[..., t, None], e[..., t, None] * tiles[..., t, :], 0.0)

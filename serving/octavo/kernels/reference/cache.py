@@ -1,7 +1,7 @@
 """The paged cache of one layer, and what is written into it, in plain torch.
 
-Owns the block layout of the reference backend, rotary embedding, the norm of single heads, and the quantisation of cached rows.
-Runs wherever the reference backend runs; it does not know about attention or about sequences.
+Owns the block layout of the reference backend, rotary embedding, the norm of single heads, and how cached rows are
+quantised. Runs wherever the reference backend runs; it does not know about attention or about sequences.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class ReferenceCache:
         shape = (num_blocks, BLOCK, spec.num_kv_heads, spec.head_dim)
         self.k = torch.zeros(shape, dtype=spec.dtype)
         self.v = torch.zeros(shape, dtype=spec.dtype)
-        self.k_scale = static_scales(spec.k_scale, spec, num_blocks)  # [num_blocks, 64, num_kv_heads] float32, int8 only
+        self.k_scale = static_scales(spec.k_scale, spec, num_blocks)  # [num_blocks, 64, num_kv_heads], int8 only
         self.v_scale = static_scales(spec.v_scale, spec, num_blocks)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """K and V [num_blocks, 64, num_kv_heads, head_dim] and their scales [num_blocks, 64, num_kv_heads] (int8 only)."""
+        """K and V [num_blocks, 64, num_kv_heads, head_dim] and scales [num_blocks, 64, num_kv_heads] (int8 only)."""
         return self.k, self.v, self.k_scale, self.v_scale
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -84,11 +84,16 @@ def quantize_heads(x: Tensor, *, limbs: int) -> tuple[Tensor, Tensor]:
 
 
 def normalize_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of heads [..., D]: (x · f32(1 / sqrt(Σx² / D + eps))) · weight, the sum in float64 lanes in a fixed order."""
-    lanes = x.double().square().unflatten(-1, (-1, NORM_LANES))  # [..., D / 8, 8]
+    """RMS norm of heads [..., D]: (x · f32(1 / sqrt(Σx² / D + eps))) · weight, the sum in float64 lanes."""
+    lanes = split_last(x.double().square(), NORM_LANES)  # [..., D / 8, 8]
     total = fold(fold(lanes, dim=-2), dim=-1)  # [...] float64
     inverse = torch.reciprocal(torch.sqrt(total / x.shape[-1] + eps)).float()
     return (x * inverse[..., None]) * weight.float()
+
+
+def split_last(x: Tensor, size: int) -> Tensor:
+    """[..., n · size] → [..., n, size]."""
+    return x.reshape(*x.shape[:-1], -1, size)
 
 
 def fold(x: Tensor, *, dim: int) -> Tensor:
@@ -100,7 +105,7 @@ def fold(x: Tensor, *, dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate heads x [M, heads, D] by rows cos_sin [M, rotary_dim]: pairs are (i, i + rotary_dim / 2), the rest passes."""
+    """Rotate heads x [M, heads, D] by cos_sin [M, rotary_dim]: pairs are (i, i + rotary_dim / 2), the rest passes."""
     half = cos_sin.shape[-1] // 2
     cos, sin = cos_sin[:, None, :half], cos_sin[:, None, half:]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

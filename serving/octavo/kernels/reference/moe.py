@@ -1,6 +1,6 @@
 """Routing of tokens to experts and the weighted sum of what they return, in plain torch.
 
-Every sum runs in a written order, so a row's bits do not depend on the other rows. Knows nothing of the experts themselves.
+Every sum runs in a written order, so a row's bits do not depend on the other rows. Knows nothing of the experts.
 """
 
 from __future__ import annotations

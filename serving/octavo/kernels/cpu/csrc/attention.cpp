@@ -1,6 +1,7 @@
-// Attention over the paged cache. Work is cut into units (a sequence, a kv head, up to 64 query rows: tokens times the heads of the kv head);
-// if there are too few units for the threads, a unit is cut into runs of whole segments whose partials are folded afterwards in
-// order. Every row meets the same tiles and segments in the same order either way, so the cut never changes a bit.
+// Attention over the paged cache. Work is cut into units (a sequence, a kv head, up to 64 query rows: tokens times the
+// heads of the kv head); if there are too few units for the threads, a unit is cut into runs of whole segments whose
+// partials are folded afterwards in order. Every row meets the same tiles and segments in the same order either way, so
+// the cut never changes a bit.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -28,7 +29,8 @@ struct Call {
   int64_t group() const { return num_heads / cache.kv_heads; }
 };
 
-// Query rows [row, row + num_rows) of the step, all heads of one kv head, and the segments [first, last) one of them sees.
+// Query rows [row, row + num_rows) of the step, all heads of one kv head, and the segments [first, last) one of them
+// sees.
 struct Unit {
   int64_t sequence;
   int64_t kv_head;
@@ -53,7 +55,8 @@ struct Partials {
 };
 
 constexpr int64_t kSegment = kTile * kTilesPerSegment;
-constexpr int64_t kTargetRows = 64;  // of a unit: enough that reading a tile costs nothing, few enough for the first cache
+constexpr int64_t kTargetRows =
+    64;  // of a unit: enough that reading a tile costs nothing, few enough for the first cache
 
 std::vector<Unit> make_units(const Call& call) {
   std::vector<Unit> units;
@@ -86,7 +89,8 @@ int64_t make_parts(const Call& call, int num_threads, std::vector<Unit>& units, 
       num_partials += unit.num_rows * call.group() * segments;
     }
     for (int64_t cut = 0; cut < cuts; ++cut) {
-      const int64_t first = unit.first_segment + segments * cut / cuts, last = unit.first_segment + segments * (cut + 1) / cuts;
+      const int64_t first = unit.first_segment + segments * cut / cuts,
+                    last = unit.first_segment + segments * (cut + 1) / cuts;
       parts.push_back({static_cast<int64_t>(i), first, last, weight(unit) * (last - first)});
     }
   }
@@ -98,7 +102,8 @@ TileView view_tile(const Call& call, const Unit& unit, int64_t tile) {
   TileView view;
   const int32_t* table = call.block_tables + unit.sequence * call.max_blocks;
   for (int half = 0; half < 2; ++half) {
-    const int64_t index = std::min<int64_t>(tile * 2 + half, call.max_blocks - 1);  // past the table: nothing there is visible
+    const int64_t index =
+        std::min<int64_t>(tile * 2 + half, call.max_blocks - 1);  // past the table: nothing there is visible
     const int64_t block = table[index];
     view.k[half] = call.cache.k_block(block, unit.kv_head);
     view.v[half] = call.cache.v_block(block, unit.kv_head);
@@ -165,7 +170,8 @@ void run_part(const Call& call, const Unit& unit, const Part& part, const Partia
       if (unit.partials >= 0) {
         const int64_t index = unit.partials + row * segments + segment - unit.first_segment;
         partials.sums[index] = state.segment[row];
-        if (!is_empty(state.segment[row])) std::memcpy(&partials.out[index * width], out, sizeof(float) * static_cast<size_t>(width));
+        if (!is_empty(state.segment[row]))
+          std::memcpy(&partials.out[index * width], out, sizeof(float) * static_cast<size_t>(width));
       } else if (!is_empty(state.segment[row])) {
         combine(state.total[row], state.total_out + row * width, state.segment[row], out, width);
       }
@@ -209,7 +215,8 @@ void attend(Pool* pool, const Call& call) {
     run_part<Tile>(call, unit, parts[i], partials, state);
     if (unit.partials >= 0) return;
     for (int64_t row = 0; row < unit.num_rows * call.group(); ++row)
-      finish_row(state.total[row], state.total_out + row * call.cache.width(), row_out(call, unit, row), call.cache.head_dim);
+      finish_row(state.total[row], state.total_out + row * call.cache.width(), row_out(call, unit, row),
+                 call.cache.head_dim);
   });
   if (num_partials == 0) return;
   parallel_for(pool, static_cast<int64_t>(units.size()), [&](int64_t i, int) {
@@ -222,17 +229,31 @@ void attend(Pool* pool, const Call& call) {
 
 using namespace octavo;
 
-// q, out [M, num_heads · head_dim]; query_start [B + 1]; block_tables [B, max_blocks]; positions [M]. num_heads / kv_heads ≤ 128.
-OCTAVO_API void octavo_attention(
-    Pool* pool, const float* q, float* out, const int32_t* query_start, const int32_t* block_tables, const int32_t* positions,
-    int64_t num_sequences, int64_t max_blocks, int64_t num_heads, int64_t window, float scale, char* k, char* v, float* k_scales,
-    float* v_scales, int64_t kv_heads, int64_t head_dim, int64_t type) {
-  const Call call = {q, out, query_start, block_tables, positions, max_blocks, num_sequences, num_heads, window, scale,
+// q, out [M, num_heads · head_dim]; query_start [B + 1]; block_tables [B, max_blocks]; positions [M]. num_heads /
+// kv_heads ≤ 128.
+OCTAVO_API void octavo_attention(Pool* pool, const float* q, float* out, const int32_t* query_start,
+                                 const int32_t* block_tables, const int32_t* positions, int64_t num_sequences,
+                                 int64_t max_blocks, int64_t num_heads, int64_t window, float scale, char* k, char* v,
+                                 float* k_scales, float* v_scales, int64_t kv_heads, int64_t head_dim, int64_t type) {
+  const Call call = {q,
+                     out,
+                     query_start,
+                     block_tables,
+                     positions,
+                     max_blocks,
+                     num_sequences,
+                     num_heads,
+                     window,
+                     scale,
                      {k, v, k_scales, v_scales, kv_heads, head_dim, static_cast<CacheType>(type)}};
   switch (type) {
-    case kInt8: return attend<Int8Tile>(pool, call);
-    case kFloat32: return attend<FloatTile<float>>(pool, call);
-    case kBFloat16: return attend<FloatTile<BFloat16>>(pool, call);
-    case kFloat16: return attend<FloatTile<Float16>>(pool, call);
+    case kInt8:
+      return attend<Int8Tile>(pool, call);
+    case kFloat32:
+      return attend<FloatTile<float>>(pool, call);
+    case kBFloat16:
+      return attend<FloatTile<BFloat16>>(pool, call);
+    case kFloat16:
+      return attend<FloatTile<Float16>>(pool, call);
   }
 }

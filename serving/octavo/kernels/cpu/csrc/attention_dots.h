@@ -10,10 +10,10 @@
 namespace octavo {
 
 #ifdef __AVX512F__
-constexpr int kDotRows = 6;     // 24 accumulators, 4 columns vectors, 1 broadcast: 29 of 32 registers
+constexpr int kDotRows = 6;  // 24 accumulators, 4 columns vectors, 1 broadcast: 29 of 32 registers
 constexpr int kDotVectors = 4;
 #else
-constexpr int kDotRows = 4;     // 8 accumulators, 2 halves of a column vector: 12 of 16 registers with temporaries
+constexpr int kDotRows = 4;  // 8 accumulators, 2 halves of a column vector: 12 of 16 registers with temporaries
 constexpr int kDotVectors = 1;
 #endif
 
@@ -53,7 +53,8 @@ OCTAVO_INLINE DotVector splat_pair(int32_t pair) {
 #endif
 }
 
-// The sums have the element type of the instruction: as __m512i the compiler would copy them to and fro around each product.
+// The sums have the element type of the instruction: as __m512i the compiler would copy them to and fro around each
+// product.
 OCTAVO_INLINE DotInts dot_pairs(DotInts sum, DotVector a, DotVector b) {
 #ifdef __AVX512F__
   return reinterpret_cast<DotInts>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), a, b));
@@ -62,8 +63,8 @@ OCTAVO_INLINE DotInts dot_pairs(DotInts sum, DotVector a, DotVector b) {
 #endif
 }
 
-// One stretch of the summed axis: `pairs` pairs of int16 in each row of a, and as many rows of columns in b. `ahead` is fetched into the
-// cache in the shape of b: what will be read next, or b itself.
+// One stretch of the summed axis: `pairs` pairs of int16 in each row of a, and as many rows of columns in b. `ahead` is
+// fetched into the cache in the shape of b: what will be read next, or b itself.
 struct Stretch {
   const int16_t* a;
   const int8_t* b;
@@ -84,18 +85,20 @@ OCTAVO_INLINE void dots_of(const Stretch* stretches, int num_stretches, int64_t 
       __builtin_prefetch(ahead);
       if constexpr (V > 2) __builtin_prefetch(ahead + 64);
       const DotVector columns[] = {load_columns(b + Column * static_cast<int>(sizeof(DotVector) / 2))...};
-      ((sums[Sum] = dot_pairs(sums[Sum], splat_pair(load_pair(a + Sum / kColumns * row_stride)), columns[Sum % kColumns])), ...);
+      ((sums[Sum] =
+            dot_pairs(sums[Sum], splat_pair(load_pair(a + Sum / kColumns * row_stride)), columns[Sum % kColumns])),
+       ...);
     }
   }
   (f(Sum / kColumns, Sum % kColumns, sums[Sum]), ...);
 }
 
-// Sums over all stretches for R rows, `row_stride` int16 apart, and V · 16 columns, `b_stride` bytes from pair to pair; then
-// f(r, n, sums of row r in columns n · kDotLanes and on).
+// Sums over all stretches for R rows, `row_stride` int16 apart, and V · 16 columns, `b_stride` bytes from pair to pair;
+// then f(r, n, sums of row r in columns n · kDotLanes and on).
 template <int R, int V, typename F>
 OCTAVO_INLINE void dots(const Stretch* stretches, int num_stretches, int64_t row_stride, int64_t b_stride, F&& f) {
-  dots_of<V>(stretches, num_stretches, row_stride, b_stride, static_cast<F&&>(f), std::make_integer_sequence<int, R * V * kDotParts>{},
-             std::make_integer_sequence<int, V * kDotParts>{});
+  dots_of<V>(stretches, num_stretches, row_stride, b_stride, static_cast<F&&>(f),
+             std::make_integer_sequence<int, R * V * kDotParts>{}, std::make_integer_sequence<int, V * kDotParts>{});
 }
 
 // Calls f(std::integral_constant<int, n>) for the run-time n in [1, Max].

@@ -1,4 +1,5 @@
-// One tile of attention over a float cache, for a few query rows at once: float32 sums in ascending head_dim and ascending tokens.
+// One tile of attention over a float cache, for a few query rows at once: float32 sums in ascending head_dim and
+// ascending tokens.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +9,12 @@
 #include "attention_state.h"
 
 namespace octavo {
+
+#ifdef __AVX512F__
+constexpr int kFloatRegisters = 4;  // of a row: with 4 rows 16 sums
+#else
+constexpr int kFloatRegisters = 2;
+#endif
 
 template <typename T>
 struct FloatTile {
@@ -45,36 +52,61 @@ struct FloatTile {
     gather<R>(state, first, tile, span, cache.width(), e, sums);
   }
 
+  // acc[r][v] += Σ_i a[r · a_stride + i] · b[i · b_stride + v · kFloats], in ascending i.
+  template <int R, int V>
+  OCTAVO_INLINE static void accumulate(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count,
+                                       Floats (&acc)[R][V]) {
+    for (int64_t i = 0; i < count; ++i, b += b_stride) {
+      Floats column[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) column[v] = widen(b + v * kFloats);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[r][v] = fused(Floats{} + a[r * a_stride + i], column[v], acc[r][v]);
+    }
+  }
+
+  template <int R, int V>
+  OCTAVO_INLINE static void store_rows(const Floats (&acc)[R][V], float* out, int64_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) std::memcpy(out + r * stride + v * kFloats, &acc[r][v], sizeof(Floats));
+  }
+
   template <int R>
   static void score(const float* q, const TileView& tile, Span span, int64_t head_dim, float* s) {
-    constexpr int kVectors = 2;
-    for (int n = span.low / (kVectors * kLanes) * (kVectors * kLanes); n < span.high; n += kVectors * kLanes) {
-      f32x16 acc[R][kVectors] = {};
+    constexpr int kStep = kFloatRegisters * kFloats;
+    for (int n = span.low / kStep * kStep; n < span.high; n += kStep) {
       const T* k = reinterpret_cast<const T*>(tile.k[n / kBlock]) + n % kBlock;
-      for (int64_t d = 0; d < head_dim; ++d, k += kBlock) {
-        f32x16 column[kVectors];
-        for (int v = 0; v < kVectors; ++v) column[v] = widen(k + v * kLanes);
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(splat(q[r * head_dim + d]), column[v], acc[r][v]);
-      }
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kVectors; ++v) store(s + r * kTile + n + v * kLanes, acc[r][v]);
+      Floats acc[R][kFloatRegisters] = {};
+      accumulate<R, kFloatRegisters>(q, head_dim, k, kBlock, head_dim, acc);
+      store_rows<R, kFloatRegisters>(acc, s + n, kTile);
     }
   }
 
   template <int R>
-  static void gather(RowState& state, int64_t first, const TileView& tile, Span span, int64_t width, const float* e, const Sum* sums) {
+  static void gather(RowState& state, int64_t first, const TileView& tile, Span span, int64_t width, const float* e,
+                     const Sum* sums) {
     alignas(64) float out[R * kMaxHeadDim];
-    for (int64_t n = 0; n < width; n += kLanes) {
-      f32x16 acc[R] = {};
-      for (int t = span.low; t < span.high; ++t) {
-        const f32x16 column = widen(reinterpret_cast<const T*>(tile.v[t / kBlock]) + t % kBlock * width + n);
-        for (int r = 0; r < R; ++r) acc[r] = fma(splat(e[r * kTile + t]), column, acc[r]);
-      }
-      for (int r = 0; r < R; ++r) store(out + r * width + n, acc[r]);
-    }
+    for (int64_t n = 0; n < width; n += kFloatRegisters * kFloats)
+      with_constant<kFloatRegisters>(std::min<int64_t>(kFloatRegisters, (width - n) / kFloats), [&](auto count) {
+        gather_columns<R, decltype(count)::value>(tile, span, width, n, e, out);
+      });
     for (int r = 0; r < R; ++r)
       combine(state.segment[first + r], state.segment_out + (first + r) * width, sums[r], out + r * width, width);
+  }
+
+  template <int R, int V>
+  static void gather_columns(const TileView& tile, Span span, int64_t width, int64_t n, const float* e, float* out) {
+    Floats acc[R][V] = {};
+    for (int block = span.low / kBlock; block * kBlock < span.high; ++block) {
+      const int low = std::max(span.low, block * kBlock), high = std::min(span.high, (block + 1) * kBlock);
+      const T* v = reinterpret_cast<const T*>(tile.v[block]) + (low - block * kBlock) * width + n;
+      accumulate<R, V>(e + low, kTile, v, width, high - low, acc);
+    }
+    store_rows<R, V>(acc, out + n, width);
   }
 };
 

@@ -55,7 +55,8 @@ struct Int8Tile {
     }
     score<R>(queries(state) + first * cache.head_dim, tile, all, cache.head_dim, scores);
     for (int r = 0; r < R; ++r)
-      sums[r] = weigh(scores + r * kTile, state.query_scale[first + r], tile, state.span[first + r], weights + r * kTile, &weight_scale[r]);
+      sums[r] = weigh(scores + r * kTile, state.query_scale[first + r], tile, state.span[first + r],
+                      weights + r * kTile, &weight_scale[r]);
     gather<R>(state, first, tile, all, cache.width(), weights, weight_scale, sums);
   }
 
@@ -75,8 +76,10 @@ struct Int8Tile {
     }
   }
 
-  // Integer scores of a row → p15 [128] and its scale. Tokens outside the span count nothing, whatever their memory holds.
-  static Sum weigh(const int32_t* scores, float query_scale, const TileView& tile, Span span, int16_t* weights, float* weight_scale) {
+  // Integer scores of a row → p15 [128] and its scale. Tokens outside the span count nothing, whatever their memory
+  // holds.
+  static Sum weigh(const int32_t* scores, float query_scale, const TileView& tile, Span span, int16_t* weights,
+                   float* weight_scale) {
     f32x16 s[kTile / kLanes];
     const bool whole = is_whole(span);
     for (int i = 0; i < kTile / kLanes; ++i) {
@@ -103,8 +106,8 @@ struct Int8Tile {
 
   // p15 · V of the rows, into their segments.
   template <int R>
-  static void gather(RowState& state, int64_t first, const TileView& tile, Span all, int64_t width, const int16_t* weights,
-                     const float* weight_scale, const Sum* sums) {
+  static void gather(RowState& state, int64_t first, const TileView& tile, Span all, int64_t width,
+                     const int16_t* weights, const float* weight_scale, const Sum* sums) {
     alignas(64) float spare[R * kMaxHeadDim];
     float* out[R];
     for (int r = 0; r < R; ++r)
@@ -131,13 +134,13 @@ struct Int8Tile {
       const int low = std::max(all.low - block * kBlock, 0) / 2;
       const int high = (std::min(all.high - block * kBlock, kBlock) + 1) / 2;
       const int64_t skip = (low * width + n) * 2;
-      stretches[count++] = {weights + block * kBlock + low * 2, bytes(tile.v[block]) + skip, bytes(tile.next_v[block]) + skip, high - low};
+      stretches[count++] = {weights + block * kBlock + low * 2, bytes(tile.v[block]) + skip,
+                            bytes(tile.next_v[block]) + skip, high - low};
     }
-    dots<R, V>(stretches, count, kTile, width * 2,
-               [&](int r, int v, DotInts sums) {
-                 const DotFloats values = __builtin_convertvector(sums, DotFloats) * weight_scale[r];
-                 std::memcpy(out[r] + n + v * kDotLanes, &values, sizeof(values));
-               });
+    dots<R, V>(stretches, count, kTile, width * 2, [&](int r, int v, DotInts sums) {
+      const DotFloats values = __builtin_convertvector(sums, DotFloats) * weight_scale[r];
+      std::memcpy(out[r] + n + v * kDotLanes, &values, sizeof(values));
+    });
   }
 };
 

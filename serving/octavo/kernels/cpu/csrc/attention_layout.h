@@ -1,6 +1,8 @@
 // Where a cached value lies. A block holds 64 tokens of every kv head; per head, K and V each are one run of memory:
-//   int8   K [head_dim / 2][64 tokens][2]   V [64 / 2 tokens][width][2]    two neighbours of the summed axis side by side, so that
-//                                                                          one multiply-add of int16 pairs serves 16 results
+//   int8   K [head_dim / 2][64 tokens][2]   V [64 / 2 tokens][width][2]    two neighbours of the summed axis side by
+//   side, so that
+//                                                                          one multiply-add of int16 pairs serves 16
+//                                                                          results
 //   float  K [head_dim][64 tokens]          V [64 tokens][width]
 // width is head_dim rounded up to 16. Scales are planes [block][kv head][64] float32 of their own (int8 only).
 #pragma once
@@ -27,7 +29,9 @@ struct CacheView {
 
   int64_t width() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
   int64_t item() const { return type == kInt8 ? 1 : type == kFloat32 ? 4 : 2; }
-  char* k_block(int64_t block, int64_t head) const { return k + (block * kv_heads + head) * kBlock * head_dim * item(); }
+  char* k_block(int64_t block, int64_t head) const {
+    return k + (block * kv_heads + head) * kBlock * head_dim * item();
+  }
   char* v_block(int64_t block, int64_t head) const { return v + (block * kv_heads + head) * kBlock * width() * item(); }
   float* k_scale(int64_t block, int64_t head) const { return k_scales + (block * kv_heads + head) * kBlock; }
   float* v_scale(int64_t block, int64_t head) const { return v_scales + (block * kv_heads + head) * kBlock; }
@@ -54,21 +58,38 @@ OCTAVO_INLINE Float16 narrow(float x, Float16*) {
   return {static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0))};
 }
 
-OCTAVO_INLINE f32x16 widen(const float* p) { return load(p); }
-
-OCTAVO_INLINE f32x16 widen(const BFloat16* p) {
-  typedef uint16_t u16x16 __attribute__((vector_size(32)));
-  u16x16 raw;
-  std::memcpy(&raw, p, sizeof(raw));
-  return reinterpret_cast<f32x16>(__builtin_convertvector(raw, i32x16) << 16);
+// One register of floats: inner loops use it, since the compiler would move a pair of them through memory.
+#ifdef __AVX512F__
+typedef f32x16 Floats;
+OCTAVO_INLINE Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
+OCTAVO_INLINE Floats widen(const Float16* p) {
+  return reinterpret_cast<Floats>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
+OCTAVO_INLINE Floats widen(const BFloat16* p) {
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Floats>(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+}
+#else
+typedef f32x8 Floats;
+OCTAVO_INLINE Floats fused(Floats a, Floats b, Floats c) {
+  return reinterpret_cast<Floats>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+}
+OCTAVO_INLINE Floats widen(const Float16* p) {
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+OCTAVO_INLINE Floats widen(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return reinterpret_cast<Floats>(_mm256_slli_epi32(wide, 16));
+}
+#endif
 
-OCTAVO_INLINE f32x16 widen(const Float16* p) {
-  __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
-  f32x16 v;
-  std::memcpy(&v, &low, 32);
-  std::memcpy(reinterpret_cast<char*>(&v) + 32, &high, 32);
+constexpr int kFloats = static_cast<int>(sizeof(Floats) / sizeof(float));
+
+OCTAVO_INLINE Floats widen(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof(v));
   return v;
 }
 

@@ -1,5 +1,6 @@
-// What attention keeps per query row while it walks over tiles: the open segment's partial and the fold of the closed ones.
-// A partial is (maximum m, sum l, output o); `combine` is the only way two of them meet, so split and unsplit walks give equal bits.
+// What attention keeps per query row while it walks over tiles: the open segment's partial and the fold of the closed
+// ones. A partial is (maximum m, sum l, output o); `combine` is the only way two of them meet, so split and unsplit
+// walks give equal bits.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +52,8 @@ struct Span {
   int high;
 };
 
-constexpr int kUnitRows = 128;  // most query rows (tokens times heads of a kv head) that one task takes through the cache
+constexpr int kUnitRows =
+    128;  // most query rows (tokens times heads of a kv head) that one task takes through the cache
 
 // Memory of one task; lives in the thread's scratch.
 struct RowState {
@@ -65,7 +67,8 @@ struct RowState {
   float query_scale[kUnitRows];                      // int8 cache: qs · softmax scale; float cache: softmax scale
 };
 
-// e, l and m of scores s[8] (already -inf where hidden). Σ e runs in 16 lanes over the eight vectors, then over the lanes.
+// e, l and m of scores s[8] (already -inf where hidden). Σ e runs in 16 lanes over the eight vectors, then over the
+// lanes.
 OCTAVO_INLINE Sum softmax_tile(f32x16 (&s)[kTile / kLanes]) {
   f32x16 top = s[0];
   for (int i = 1; i < kTile / kLanes; ++i) top = max(top, s[i]);
@@ -83,7 +86,8 @@ OCTAVO_INLINE f32x16 keep_inside(f32x16 v, Span span, int i, float other) {
   const int low = span.low - i * kLanes, high = span.high - i * kLanes;
 #ifdef __AVX512F__
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __mmask16 mask = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(low)) & _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(high));
+  const __mmask16 mask =
+      _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(low)) & _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(high));
   return reinterpret_cast<f32x16>(_mm512_mask_blend_ps(mask, _mm512_set1_ps(other), reinterpret_cast<__m512>(v)));
 #else
   __m256 halves[2];

@@ -1,4 +1,5 @@
-// Routing of tokens to experts and the weighted sum of what they return. Rows are independent; all sums run in a written order.
+// Routing of tokens to experts and the weighted sum of what they return. Rows are independent; all sums run in a
+// written order.
 #include <algorithm>
 
 #include "common.h"
@@ -33,7 +34,8 @@ void select(const float* z, int64_t num_experts, int64_t top_k, int64_t* ids) {
   }
 }
 
-void route_row(const float* z, int64_t num_experts, int64_t top_k, bool renormalize, float* e, int64_t* ids, float* weights) {
+void route_row(const float* z, int64_t num_experts, int64_t top_k, bool renormalize, float* e, int64_t* ids,
+               float* weights) {
   const float total = softmax_terms(z, num_experts, e);
   select(z, num_experts, top_k, ids);
   for (int64_t i = 0; i < top_k; ++i) weights[i] = e[ids[i]] / total;
@@ -66,17 +68,18 @@ void for_rows(Pool* pool, int64_t num_rows, F&& f) {
 using namespace octavo;
 
 // logits [M, E] -> ids, weights [M, top_k]; 1 ≤ top_k ≤ E.
-OCTAVO_API void octavo_moe_route(Pool* pool, const float* logits, int64_t* ids, float* weights, int64_t num_rows, int64_t num_experts,
-                                 int64_t top_k, int64_t renormalize) {
+OCTAVO_API void octavo_moe_route(Pool* pool, const float* logits, int64_t* ids, float* weights, int64_t num_rows,
+                                 int64_t num_experts, int64_t top_k, int64_t renormalize) {
   for_rows(pool, num_rows, [&](int64_t row, int thread) {
     float* e = reinterpret_cast<float*>(pool->scratch(thread, sizeof(float) * static_cast<size_t>(num_experts)));
-    route_row(logits + row * num_experts, num_experts, top_k, renormalize != 0, e, ids + row * top_k, weights + row * top_k);
+    route_row(logits + row * num_experts, num_experts, top_k, renormalize != 0, e, ids + row * top_k,
+              weights + row * top_k);
   });
 }
 
 // expert_out [M, top_k, H], weights [M, top_k] -> out [M, H].
-OCTAVO_API void octavo_moe_combine(Pool* pool, const float* expert_out, const float* weights, float* out, int64_t num_rows, int64_t top_k,
-                                   int64_t hidden) {
+OCTAVO_API void octavo_moe_combine(Pool* pool, const float* expert_out, const float* weights, float* out,
+                                   int64_t num_rows, int64_t top_k, int64_t hidden) {
   for_rows(pool, num_rows, [&](int64_t row, int) {
     combine_row(expert_out + row * top_k * hidden, weights + row * top_k, top_k, hidden, out + row * hidden);
   });

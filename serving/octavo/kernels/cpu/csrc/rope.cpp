@@ -1,4 +1,5 @@
-// Norm and rotation of q and k heads, and the one writer of the cache. Rows are independent; two rows never share a slot.
+// Norm and rotation of q and k heads, and the one writer of the cache. Rows are independent; two rows never share a
+// slot.
 #include <cmath>
 
 #include "attention_state.h"
@@ -91,10 +92,14 @@ void write_float(const Call& call, int64_t slot, int64_t head, const float* k, c
 
 void write(const Call& call, int64_t slot, int64_t head, const float* k, const float* v) {
   switch (call.cache.type) {
-    case kInt8: return write_int8(call, slot, head, k, v);
-    case kFloat32: return write_float<float>(call, slot, head, k, v);
-    case kBFloat16: return write_float<BFloat16>(call, slot, head, k, v);
-    case kFloat16: return write_float<Float16>(call, slot, head, k, v);
+    case kInt8:
+      return write_int8(call, slot, head, k, v);
+    case kFloat32:
+      return write_float<float>(call, slot, head, k, v);
+    case kBFloat16:
+      return write_float<BFloat16>(call, slot, head, k, v);
+    case kFloat16:
+      return write_float<Float16>(call, slot, head, k, v);
   }
 }
 
@@ -122,11 +127,23 @@ void run_row(const Call& call, int64_t row) {
 using namespace octavo;
 
 // qkv [M, (num_heads + 2 · kv_heads) · head_dim]; q_out [M, num_heads · head_dim]; positions, slots [M].
-OCTAVO_API void octavo_rope_write(
-    Pool* pool, const float* qkv, float* q_out, const float* cos_sin, const int32_t* positions, const int32_t* slots, int64_t num_rows,
-    int64_t num_heads, int64_t rotary_dim, const float* q_norm, const float* k_norm, double eps, const float* k_inverse,
-    const float* v_inverse, char* k, char* v, float* k_scales, float* v_scales, int64_t kv_heads, int64_t head_dim, int64_t type) {
-  const Call call = {qkv, q_out, cos_sin, positions, slots, num_heads, rotary_dim, q_norm, k_norm, eps, k_inverse, v_inverse,
+OCTAVO_API void octavo_rope_write(Pool* pool, const float* qkv, float* q_out, const float* cos_sin,
+                                  const int32_t* positions, const int32_t* slots, int64_t num_rows, int64_t num_heads,
+                                  int64_t rotary_dim, const float* q_norm, const float* k_norm, double eps,
+                                  const float* k_inverse, const float* v_inverse, char* k, char* v, float* k_scales,
+                                  float* v_scales, int64_t kv_heads, int64_t head_dim, int64_t type) {
+  const Call call = {qkv,
+                     q_out,
+                     cos_sin,
+                     positions,
+                     slots,
+                     num_heads,
+                     rotary_dim,
+                     q_norm,
+                     k_norm,
+                     eps,
+                     k_inverse,
+                     v_inverse,
                      {k, v, k_scales, v_scales, kv_heads, head_dim, static_cast<CacheType>(type)}};
   const int64_t step = num_rows >= 64 ? 16 : 1;  // neighbours in a prompt share cache lines: keep them on one thread
   parallel_for(pool, num_tiles(num_rows, step), [&](int64_t tile, int) {

@@ -109,7 +109,8 @@ void gather(const float* z, int64_t size, float bound, int64_t ties, Kept& kept)
   });
 }
 
-// A bound that no token needed by `row` lies below: (1 − top_p) of the whole shared by all tokens is the least that counts.
+// A bound that no token needed by `row` lies below: (1 − top_p) of the whole shared by all tokens is the least that
+// counts.
 float lowest_needed(int64_t size, float top, float top_p, float min_p, double total) {
   double least = 0.0;
   if (top_p < 1.0f) least = (1.0 - static_cast<double>(top_p)) * total / static_cast<double>(size);
@@ -214,13 +215,14 @@ int64_t find_rank(const float* z, int64_t size, int64_t token) {
 using namespace octavo;
 
 // logits [B, V], changed in place -> ids [B]. The rest as in SamplingRows.
-OCTAVO_API void octavo_sample(
-    Pool* pool, float* logits, int64_t* ids, int64_t num_rows, int64_t size, const float* temperature, const float* top_p,
-    const int32_t* top_k, const float* min_p, const int64_t* seed, const int64_t* position, const float* repetition,
-    const float* frequency, const float* presence, const int32_t* seen_start, const int32_t* seen_ids, const int32_t* seen_counts,
-    const int32_t* bias_start, const int32_t* bias_ids, const float* bias_values) {
-  const Rows rows = {temperature, top_p, top_k, min_p, seed, position, repetition, frequency, presence, seen_start, seen_ids,
-                     seen_counts, bias_start, bias_ids, bias_values};
+OCTAVO_API void octavo_sample(Pool* pool, float* logits, int64_t* ids, int64_t num_rows, int64_t size,
+                              const float* temperature, const float* top_p, const int32_t* top_k, const float* min_p,
+                              const int64_t* seed, const int64_t* position, const float* repetition,
+                              const float* frequency, const float* presence, const int32_t* seen_start,
+                              const int32_t* seen_ids, const int32_t* seen_counts, const int32_t* bias_start,
+                              const int32_t* bias_ids, const float* bias_values) {
+  const Rows rows = {temperature, top_p,      top_k,    min_p,       seed,       position, repetition, frequency,
+                     presence,    seen_start, seen_ids, seen_counts, bias_start, bias_ids, bias_values};
   parallel_for(pool, num_rows, [&](int64_t row, int thread) {
     const Space space(pool->scratch(thread, Space::bytes(size)), size);
     ids[row] = sample_row(rows, row, logits + row * size, size, space);
@@ -228,8 +230,9 @@ OCTAVO_API void octavo_sample(
 }
 
 // logits [R, V], tokens [R] -> logprobs [R], ranks [R], top_ids and top_logprobs [R, num_top].
-OCTAVO_API void octavo_logprobs(Pool* pool, const float* logits, const int64_t* tokens, float* logprobs, int64_t* ranks, int64_t* top_ids,
-                                float* top_logprobs, int64_t num_rows, int64_t size, int64_t num_top) {
+OCTAVO_API void octavo_logprobs(Pool* pool, const float* logits, const int64_t* tokens, float* logprobs, int64_t* ranks,
+                                int64_t* top_ids, float* top_logprobs, int64_t num_rows, int64_t size,
+                                int64_t num_top) {
   parallel_for(pool, num_rows, [&](int64_t row, int) {
     const float* z = logits + row * size;
     const float top = row_max(z, size);

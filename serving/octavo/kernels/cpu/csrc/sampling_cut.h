@@ -1,5 +1,6 @@
-// Finds where a descending order would be cut, without sorting: the shortest prefix in (z descending, position ascending) whose weight
-// reaches a target. A histogram over z finds the bucket of the cut; within it a three-way quickselect does.
+// Finds where a descending order would be cut, without sorting: the shortest prefix in (z descending, position
+// ascending) whose weight reaches a target. A histogram over z finds the bucket of the cut; within it a three-way
+// quickselect does.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +29,9 @@ struct CutSpace {
   Weighted* entries;  // [count]
 };
 
-OCTAVO_INLINE int bucket_of(float z, float top) { return static_cast<int>(std::min((top - z) * kBucketsPerUnit, kBuckets - 1.0f)); }
+OCTAVO_INLINE int bucket_of(float z, float top) {
+  return static_cast<int>(std::min((top - z) * kBucketsPerUnit, kBuckets - 1.0f));
+}
 
 // The cut among entries of one bucket, `before` being the weight of everything above it.
 inline Cut cut_within(Weighted* entries, int64_t count, double before, double target) {
@@ -47,7 +50,8 @@ inline Cut cut_within(Weighted* entries, int64_t count, double before, double ta
       while (ties < num_equal && sum < target) sum += one, ++ties;
       return {pivot, ties};
     }
-    Weighted* stop = std::partition(entries, entries + count, [&](const Weighted& entry) { return higher ? entry.z > pivot : entry.z < pivot; });
+    Weighted* stop = std::partition(entries, entries + count,
+                                    [&](const Weighted& entry) { return higher ? entry.z > pivot : entry.z < pivot; });
     if (stop == entries) return {pivot, num_equal};  // only by rounding of the sums
     if (!higher) before += above + equal;
     count = stop - entries;
@@ -55,7 +59,8 @@ inline Cut cut_within(Weighted* entries, int64_t count, double before, double ta
 }
 
 // weights null: each counts 1. Entries of -inf weigh nothing that matters; top is the largest z, finite.
-inline Cut find_cut(const float* z, const double* weights, int64_t count, float top, double target, const CutSpace& space) {
+inline Cut find_cut(const float* z, const double* weights, int64_t count, float top, double target,
+                    const CutSpace& space) {
   std::fill_n(space.sums, kBuckets, 0.0);
   for (int64_t i = 0; i < count; ++i) space.sums[bucket_of(z[i], top)] += weights == nullptr ? 1.0 : weights[i];
   double before = 0.0;

@@ -1,4 +1,5 @@
-// What sampling computes over a whole row of logits: maxima, float64 exponentials and their sums, searches by threshold.
+// What sampling computes over a whole row of logits: maxima, float64 exponentials and their sums, searches by
+// threshold.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +12,18 @@ namespace octavo {
 #ifdef __AVX512F__
 typedef __m512d Wide;
 constexpr int kWide = 8;
+// The masked forms, all lanes on, spare false warnings of the compiler.
 OCTAVO_INLINE Wide wide(double x) { return _mm512_set1_pd(x); }
-OCTAVO_INLINE Wide wide_load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+OCTAVO_INLINE Wide wide_load(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)); }
 OCTAVO_INLINE Wide wide_fma(Wide a, Wide b, Wide c) { return _mm512_fmadd_pd(a, b, c); }
 // v where x > bound, else 0
-OCTAVO_INLINE Wide wide_keep(Wide v, Wide x, Wide bound) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, bound, _CMP_GT_OQ), v); }
+OCTAVO_INLINE Wide wide_keep(Wide v, Wide x, Wide bound) {
+  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, bound, _CMP_GT_OQ), v);
+}
 // v · 2^n, n given as the low bits of a double with a large exponent
 OCTAVO_INLINE Wide wide_scale(Wide v, Wide n) {
-  return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(v), _mm512_slli_epi64(_mm512_castpd_si512(n), 52)));
+  return _mm512_castsi512_pd(
+      _mm512_add_epi64(_mm512_castpd_si512(v), _mm512_maskz_slli_epi64(0xff, _mm512_castpd_si512(n), 52)));
 }
 OCTAVO_INLINE uint32_t lanes_above(const float* p, float bound) {  // lanes i with p[i] >= bound
   return _mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_set1_ps(bound), _CMP_GE_OQ);
@@ -29,7 +34,9 @@ constexpr int kWide = 4;
 OCTAVO_INLINE Wide wide(double x) { return _mm256_set1_pd(x); }
 OCTAVO_INLINE Wide wide_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 OCTAVO_INLINE Wide wide_fma(Wide a, Wide b, Wide c) { return _mm256_fmadd_pd(a, b, c); }
-OCTAVO_INLINE Wide wide_keep(Wide v, Wide x, Wide bound) { return _mm256_and_pd(v, _mm256_cmp_pd(x, bound, _CMP_GT_OQ)); }
+OCTAVO_INLINE Wide wide_keep(Wide v, Wide x, Wide bound) {
+  return _mm256_and_pd(v, _mm256_cmp_pd(x, bound, _CMP_GT_OQ));
+}
 OCTAVO_INLINE Wide wide_scale(Wide v, Wide n) {
   return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(v), _mm256_slli_epi64(_mm256_castpd_si256(n), 52)));
 }

@@ -1,7 +1,7 @@
 """A stand-in for the front end: answers the ops that node uses and streams letters. No engine behind it.
 
-One thread per generation. `max_dec_len` letters, one every STANDIN_STEP seconds (0.02); "ready" comes STANDIN_LOAD_SECONDS after
-the start. Runs in Triton's stub process; ends with its parent.
+One thread per generation: `max_dec_len` letters, one every STANDIN_STEP seconds (0.02). "ready" comes
+STANDIN_LOAD_SECONDS after the start. Runs in Triton's stub process; ends with its parent.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TritonPythonModel:
             self.draining = True
             return {"draining": True}
         if op == "metrics":
-            return {"text": "# TYPE octavo_requests_total counter\noctavo_requests_total %d\n" % self.accepted}
+            return {"text": f"# TYPE octavo_requests_total counter\noctavo_requests_total {self.accepted}\n"}
         age = time.monotonic() - self.started
         fraction = min(1.0, age / self.load_seconds) if self.load_seconds else 1.0
         state = "draining" if self.draining else "ready" if fraction >= 1 else "loading"
@@ -68,7 +68,13 @@ class TritonPythonModel:
             "engine": None,
             "engine_age": 0.0,
             "limits": {},
-            "frontend": {"pid": os.getpid(), "running": self.running, "waiting": 0, "accepted": self.accepted, "epoch": 1},
+            "frontend": {
+                "pid": os.getpid(),
+                "running": self.running,
+                "waiting": 0,
+                "accepted": self.accepted,
+                "epoch": 1,
+            },
         }
 
     def generate(self, sender, body: dict) -> None:
@@ -76,7 +82,13 @@ class TritonPythonModel:
         for index in range(count):
             time.sleep(self.step)
             last = index == count - 1
-            message = {"req_id": body.get("req_id"), "token": "a", "token_ids": [97], "send_idx": index, "is_end": int(last)}
+            message = {
+                "req_id": body.get("req_id"),
+                "token": "a",
+                "token_ids": [97],
+                "send_idx": index,
+                "is_end": int(last),
+            }
             if last:
                 with self.lock:
                     self.running -= 1
