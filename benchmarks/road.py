@@ -2,8 +2,8 @@
 
     python benchmarks/road.py [--output benchmarks/results/road.json]
 
-Three parts, each on a fresh server on free ports: the demo model, engine alone and served, at 1 and 16 streams, in turn and
-five times, medians; a stand-in engine that emits 20 000 tokens a second over 48 streams; load time and resident memory.
+Three parts, each on a fresh server on free ports: the demo model, engine alone and served, at 1 and 16 streams, in turn
+and five times, medians; a stand-in engine that emits 20 000 tokens a second over 48 streams; load time and resident memory.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "road.json")
     arguments = parser.parse_args()
-    model = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
     report = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {model}",

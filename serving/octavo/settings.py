@@ -1,7 +1,7 @@
 """Every environment variable: name, default, allowed values, meaning. The only reader of os.environ.
 
-Each process builds one frozen `Settings` at start and passes it down. A bad value raises `SettingsError` with one line: name,
-value, what is allowed. A variable that is one letter off a known name gets a warning that names the right one.
+Each process builds one frozen `Settings` at start and passes it down. A bad value raises `SettingsError` with one line:
+name, value, what is allowed. A variable that is one letter off a known name gets a warning that names the right one.
 """
 
 from __future__ import annotations
@@ -129,61 +129,139 @@ def _variable(
 PORT = integer(1, 65535)
 
 VARIABLES: tuple[Variable, ...] = (
-    _variable("MODEL_DIR", "model_dir", text(), None,
-              "Model folder (config.json, safetensors, tokenizer) or a hub id; default /models/ if it exists, "
-              "else the bundled demo model"),
-    _variable("FD_MODEL_CONFIG_PATH", "model_config_path", path(), None, "config.json elsewhere; default MODEL_DIR/config.json"),
-    _variable("DISTRIBUTED_CONFIG", "distributed_config", path(), None,
-              "where ranks live, for several nodes; default MODEL_DIR/rank_mapping.csv"),
+    _variable(
+        "MODEL_DIR",
+        "model_dir",
+        text(),
+        None,
+        "Model folder (config.json, safetensors, tokenizer) or a hub id; default /models/ if it exists, "
+        "else the bundled demo model",
+    ),
+    _variable(
+        "FD_MODEL_CONFIG_PATH",
+        "model_config_path",
+        path(),
+        None,
+        "config.json elsewhere; default MODEL_DIR/config.json",
+    ),
+    _variable(
+        "DISTRIBUTED_CONFIG",
+        "distributed_config",
+        path(),
+        None,
+        "where ranks live, for several nodes; default MODEL_DIR/rank_mapping.csv",
+    ),
     _variable("MP_NUM", "mp_num", integer(1, 64), "1", "tensor-parallel degree"),
     _variable("CUDA_VISIBLE_DEVICES", "visible_devices", text(), None, "devices to use; default all"),
     _variable("HTTP_PORT", "http_port", PORT, "8110", "health", aliases=("HEALTH_HTTP_PORT",)),
     _variable("GRPC_PORT", "grpc_port", PORT, "8811", "Triton gRPC", aliases=("SERVICE_GRPC_PORT",)),
     _variable("METRICS_PORT", "metrics_port", PORT, "8722", "Prometheus metrics", aliases=("METRICS_HTTP_PORT",)),
-    _variable("INFER_QUEUE_PORT", "infer_queue_port", PORT, "8813", "front end to engine, loopback only",
-              aliases=("INTER_PROC_PORT",)),
-    _variable("PUSH_MODE_HTTP_PORT", "push_mode_http_port", integer(1, 65535, (-1,)), "9965",
-              "HTTP gateway; -1: gRPC only", aliases=("SERVICE_HTTP_PORT",)),
+    _variable(
+        "INFER_QUEUE_PORT",
+        "infer_queue_port",
+        PORT,
+        "8813",
+        "front end to engine, loopback only",
+        aliases=("INTER_PROC_PORT",),
+    ),
+    _variable(
+        "PUSH_MODE_HTTP_PORT",
+        "push_mode_http_port",
+        integer(1, 65535, (-1,)),
+        "9965",
+        "HTTP gateway; -1: gRPC only",
+        aliases=("SERVICE_HTTP_PORT",),
+    ),
     _variable("PUSH_MODE_HTTP_WORKERS", "push_mode_http_workers", integer(1, 8), "1", "gateway processes"),
     _variable("HOST", "host", text(), "0.0.0.0", "address the public ports bind to; all else is loopback"),
-    _variable("DISABLE_STREAMING", "disable_streaming", flag(), "0", "1: only the last message of each request is sent"),
+    _variable(
+        "DISABLE_STREAMING", "disable_streaming", flag(), "0", "1: only the last message of each request is sent"
+    ),
     _variable("MAX_SEQ_LEN", "max_seq_len", integer(1, 1 << 24), "8192", "most input tokens of a request"),
     _variable("MAX_DEC_LEN", "max_dec_len", integer(1, 1 << 24), "1024", "most output tokens of a request"),
     _variable("BATCH_SIZE", "batch_size", integer(1, 128), "50", "sequences running at once"),
-    _variable("BLOCK_BS", "block_bs", number(0, 1e6), None,
-              "cache size in sequences of min(MAX_SEQ_LEN + MAX_DEC_LEN, context); unset: from free memory"),
-    _variable("KV_MEMORY_FRACTION", "kv_memory_fraction", number(0, 1), None,
-              "share of free memory for the cache when BLOCK_BS is unset; default 0.9 of a GPU's, 0.25 of a host's"),
+    _variable(
+        "BLOCK_BS",
+        "block_bs",
+        number(0, 1e6),
+        None,
+        "cache size in sequences of min(MAX_SEQ_LEN + MAX_DEC_LEN, context); unset: from free memory",
+    ),
+    _variable(
+        "KV_MEMORY_FRACTION",
+        "kv_memory_fraction",
+        number(0, 1),
+        None,
+        "share of free memory for the cache when BLOCK_BS is unset; default 0.9 of a GPU's, 0.25 of a host's",
+    ),
     _variable("BLOCK_RATIO", "block_ratio", number(0, 1), "0.75", "accepted, no effect"),
     _variable("BLOCK_SIZE", "block_size", integer(64, 64), "64", "tokens in a cache block; 64 only"),
-    _variable("MAX_CACHED_TASK_NUM", "max_cached_task_num", integer(0, 100_000), "128",
-              "waiting requests; beyond it requests are refused at once"),
+    _variable(
+        "MAX_CACHED_TASK_NUM",
+        "max_cached_task_num",
+        integer(0, 100_000),
+        "128",
+        "waiting requests; beyond it requests are refused at once",
+    ),
     _variable("USE_WARMUP", "use_warmup", flag(), "0", "1: warm up before ready"),
     _variable("USE_CACHE_KV_INT8", "use_cache_kv_int8", flag(), "1", "0: cache in the model's float type"),
     _variable("USE_HF_TOKENIZER", "use_hf_tokenizer", flag(), "1", "accepted, no effect: it is the only one"),
-    _variable("WEIGHT_QUANT", "weight_quant", choice("auto", "none", "wint8", "a8w8"), "auto",
-              "for float checkpoints: none, wint8 (auto: most exact), a8w8 (fastest)"),
+    _variable(
+        "WEIGHT_QUANT",
+        "weight_quant",
+        choice("auto", "none", "wint8", "a8w8"),
+        "auto",
+        "for float checkpoints: none, wint8 (auto: most exact), a8w8 (fastest)",
+    ),
     _variable("DTYPE", "dtype", choice("auto", "bfloat16", "float16", "float32"), "auto", "type of float layers"),
-    _variable("SERVED_MODEL_NAME", "served_model_name", text(), None, "name on OpenAI routes; default the folder's name"),
+    _variable(
+        "SERVED_MODEL_NAME", "served_model_name", text(), None, "name on OpenAI routes; default the folder's name"
+    ),
     _variable("STRICT_MODEL", "strict_model", flag(), "0", "1: an unknown model name is 404"),
-    _variable("API_KEYS", "api_keys", words(), None, "comma-separated; when set every gateway route but health needs one"),
+    _variable(
+        "API_KEYS", "api_keys", words(), None, "comma-separated; when set every gateway route but health needs one"
+    ),
     _variable("MAX_BODY_BYTES", "max_body_bytes", integer(1024, 1 << 30), str(4 << 20), "largest request body"),
-    _variable("LOG_LEVEL", "log_level", choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "least level that is logged"),
+    _variable(
+        "LOG_LEVEL", "log_level", choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "least level that is logged"
+    ),
     _variable("LOG_DIR", "log_dir", path(), None, "log files; default RUN_DIR/log"),
-    _variable("RUN_DIR", "run_dir", path(), None, "locks, keys and pid files; default a private folder named after HTTP_PORT "
-              "in the system's temporary directory"),
-    _variable("DRAIN_SECONDS", "drain_seconds", integer(0, 86_400), "60", "time for accepted requests to end on a drain"),
+    _variable(
+        "RUN_DIR",
+        "run_dir",
+        path(),
+        None,
+        "locks, keys and pid files; default a private folder named after HTTP_PORT in the system's temporary directory",
+    ),
+    _variable(
+        "DRAIN_SECONDS", "drain_seconds", integer(0, 86_400), "60", "time for accepted requests to end on a drain"
+    ),
     _variable("START_SECONDS", "start_seconds", integer(1, 86_400), "900", "deadline for a start to become ready"),
-    _variable("MAX_NUM_BATCHED_TOKENS", "max_num_batched_tokens", integer(1, 1 << 20), None,
-              "token budget of a step; unset: the device's default"),
+    _variable(
+        "MAX_NUM_BATCHED_TOKENS",
+        "max_num_batched_tokens",
+        integer(1, 1 << 20),
+        None,
+        "token budget of a step; unset: the device's default",
+    ),
     _variable("PREFIX_CACHE", "prefix_cache", flag(), "1", "1: reuse cached blocks of equal prefixes"),
     _variable("DEVICE", "device", choice("auto", "cpu", "cuda"), "auto", "where the model runs"),
-    _variable("KERNELS", "kernels", choice("auto", "reference", "avx2", "avx512"), "auto",
-              "kernel backend; auto: the fastest one that passes its self-test here"),
+    _variable(
+        "KERNELS",
+        "kernels",
+        choice("auto", "reference", "avx2", "avx512"),
+        "auto",
+        "kernel backend; auto: the fastest one that passes its self-test here",
+    ),
     _variable("NUM_THREADS", "num_threads", integer(1, 1024), None, "threads of the CPU kernels; default all cores"),
     _variable("HF_TOKEN", "hf_token", text(), None, "token for a hub id in MODEL_DIR"),
-    _variable("TRITONSERVER_HOME", "tritonserver_home", path(), None,
-              "folder with bin/tritonserver and backends/; default /opt/tritonserver, else the nvidia-pytriton wheel's"),
+    _variable(
+        "TRITONSERVER_HOME",
+        "tritonserver_home",
+        path(),
+        None,
+        "folder with bin/tritonserver and backends/; default /opt/tritonserver, else the nvidia-pytriton wheel's",
+    ),
     _variable("OCTAVO_NODE", "managed_by_node", flag(), "0", "set by the node for its children", internal=True),
 )
 

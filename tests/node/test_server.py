@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from tritonclient.grpc import InferenceServerClient as grpc_client
+from tritonclient.utils import InferenceServerException
 
 from node.server_process import ServerProcess, alive, wait_until
 
@@ -28,6 +30,18 @@ def test_starts_streams_and_shows_all_metrics(started: ServerProcess) -> None:
     health = started.health()
     assert (health["ready"], health["state"]) == (True, "ready")
     assert started.get("/v2/health/live")[0] == 200
+
+
+def test_protocols_that_nobody_uses_are_closed(started: ServerProcess) -> None:
+    with grpc_client(f"127.0.0.1:{started.environ['GRPC_PORT']}") as client:
+        assert client.is_server_live()
+        for call in (
+            client.get_model_repository_index,
+            client.get_log_settings,
+            client.get_system_shared_memory_status,
+        ):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                call()
 
 
 def test_second_start_is_refused_in_one_line(started: ServerProcess) -> None:

@@ -125,7 +125,8 @@ def test_sampling_extras_have_their_effect(client: openai.OpenAI, model: str) ->
     assert ask(top_k=1) == greedy.choices[0].message.content
     assert ask(min_p=1.0) == greedy.choices[0].message.content
     first = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=1, logprobs=True)
-    banned = client.post("/../tokenize", body={"prompt": first.choices[0].message.content}, cast_to=object)["tokens"][-1]
+    said = first.choices[0].message.content
+    banned = client.post("/../tokenize", body={"prompt": said}, cast_to=object)["tokens"][-1]
     other = client.chat.completions.create(
         model=model, messages=QUESTION, temperature=0, max_tokens=1, logit_bias={str(banned): -100}
     )

@@ -31,7 +31,8 @@ DEFAULT_TIMEOUT = 300.0
 _GOOD = b',"error_msg":"","error_code":0}'
 _STREAM_ONLY = ("token", "token_ids", "send_idx", "is_end", "index", "fingerprint")
 _GATEWAY_ONLY = ("stream", "response_type", "model")
-_FORBIDDEN = ("op", "dialect", "raw_text", "resume_inside", "owner")  # words of the inner wire that a native body has no use for
+# words of the inner wire that a native body has no use for
+_FORBIDDEN = ("op", "dialect", "raw_text", "resume_inside", "owner")
 
 
 def inner_request(body: dict[str, object], context: Context) -> dict[str, object]:

@@ -12,7 +12,8 @@
     ├── InternalError    500   an id to find it in the log, never a traceback
     └── Unavailable      503   starting, draining or engine down; Retry-After
 
-Raised anywhere, turned into an event or an answer at the edges. A message names the field, the value or its type, and the limit.
+Raised anywhere, turned into an event or an answer at the edges. A message names the field, the value or its type, and
+the limit.
 """
 
 from __future__ import annotations
@@ -123,8 +124,18 @@ class Unavailable(OctavoError):
 
 BY_STATUS: dict[int, type[OctavoError]] = {
     kind.status: kind
-    for kind in (InvalidRequest, Unauthorized, NotFound, RequestTimeout, Conflict, BodyTooLarge, QueueFull, Cancelled,
-                 InternalError, Unavailable)
+    for kind in (
+        InvalidRequest,
+        Unauthorized,
+        NotFound,
+        RequestTimeout,
+        Conflict,
+        BodyTooLarge,
+        QueueFull,
+        Cancelled,
+        InternalError,
+        Unavailable,
+    )
 }
 
 

@@ -1,8 +1,11 @@
 """Messages between the front end and the engine: msgpack over ZeroMQ on loopback, typed by msgspec.
 
-The front end is a DEALER that connects to the engine's ROUTER at 127.0.0.1:INFER_QUEUE_PORT; one message per frame. The first
-message of a connection is `Attach` with the link key from the run directory; the engine answers `Attached` or `Refused` (while it
-loads: `Loading` now and then, then one of the two) and ignores all else from a peer that has not attached. Sequences are named
+The front end is a DEALER that connects to the engine's ROUTER at 127.0.0.1:INFER_QUEUE_PORT; one message per frame.
+The first
+message of a connection is `Attach` with the link key from the run directory; the engine answers `Attached` or
+`Refused` (while it
+loads: `Loading` now and then, then one of the two) and ignores all else from a peer that has not attached. Sequences
+are named
 by integers that the front end chooses, unique within its epoch: no user text is ever an identifier here.
 Times are seconds of CLOCK_MONOTONIC, which all processes of one host share.
 """

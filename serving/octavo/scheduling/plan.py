@@ -1,6 +1,7 @@
 """The small dataclasses in which the scheduler (integers and lists) and the runner (tensors) meet.
 
-A `StepPlan` says what one forward pass computes; a `StepResult` what came out. Plans are made one step ahead: when step n+1 is
+A `StepPlan` says what one forward pass computes; a `StepResult` what came out. Plans are made one step ahead: when
+step n+1 is
 planned, the tokens that step n will sample are not known yet; they stand as `PENDING` and the runner puts them in.
 """
 
@@ -65,7 +66,8 @@ class Sampled:
 class StepResult:
     """What a plan computed. `sampled[i]` belongs to `plan.sequences[i]`; None where nothing was to be sampled.
 
-    `prompt_logprobs[i]` holds the entries for the prompt positions start+1 .. end of that chunk (those below prompt_len),
+    `prompt_logprobs[i]` holds the entries for the prompt positions start+1 .. end of that chunk (those below
+    prompt_len),
     or None if not asked for.
     """
 
