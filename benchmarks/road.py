@@ -3,7 +3,8 @@
     python benchmarks/road.py [--output benchmarks/results/road.json]
 
 Three parts, each on a fresh server on free ports: the demo model, engine alone and served, at 1 and 16 streams, in turn
-and five times, medians; a stand-in engine that emits 20 000 tokens a second over 48 streams; load time and resident memory.
+and five times, medians; a stand-in engine that emits 20 000 tokens a second over 48 streams; load time and resident
+memory.
 """
 
 from __future__ import annotations

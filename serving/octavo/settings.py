@@ -314,6 +314,16 @@ class Settings:
     tritonserver_home: Path | None
     managed_by_node: bool
 
+    @property
+    def local_address(self) -> str:
+        """Where a process of this machine reaches what is bound to HOST."""
+        return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+    def local_target(self, port: int) -> str:
+        """That address and a port, as URLs and gRPC targets want them."""
+        address = self.local_address
+        return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read and check every variable. Raises SettingsError."""

@@ -76,7 +76,9 @@ def listen(host: str, port: int) -> socket.socket:
 def make_config(settings: Settings) -> uvicorn.Config:
     """uvicorn as this gateway wants it: httptools with a bounded head, no websockets, no log of its own."""
     max_message_bytes = max(LEAST_MESSAGE_BYTES, 2 * settings.max_body_bytes + (1 << 20))
-    upstream = Upstream(f"127.0.0.1:{settings.grpc_port}", max_message_bytes=max_message_bytes, clock=time.monotonic)
+    upstream = Upstream(
+        settings.local_target(settings.grpc_port), max_message_bytes=max_message_bytes, clock=time.monotonic
+    )
     return uvicorn.Config(
         create_app(settings, upstream, native_schema=native.request_schema()),
         loop="uvloop",

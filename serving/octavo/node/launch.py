@@ -20,7 +20,7 @@ from octavo.node.__main__ import clear_predecessor, fail, warn_misspelled
 from octavo.node.errors import EXIT_ALREADY_RUNNING, EXIT_BAD_SETTINGS, NodeError
 from octavo.node.logs import last_error
 from octavo.node.model_folder import resolve_model
-from octavo.node.ports import bracketed, check_all, local_address
+from octavo.node.ports import check_all
 from octavo.node.triton import find_libpython, find_triton
 from octavo.settings import Settings, SettingsError, child_environ
 
@@ -114,7 +114,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def look(settings: Settings) -> dict[str, object]:
     """The health page; empty if there is none yet."""
-    connection = http.client.HTTPConnection(local_address(settings.host), settings.http_port, timeout=2)
+    connection = http.client.HTTPConnection(settings.local_address, settings.http_port, timeout=2)
     try:
         connection.request("GET", "/v2/health")
         body = json.loads(connection.getresponse().read())
@@ -134,19 +134,19 @@ def progress_step(reason: str) -> str:
 
 def welcome(settings: Settings, *, pid: int, seconds: float) -> str:
     """Ports and what to try."""
-    at = bracketed(local_address(settings.host))
+    at = settings.local_target
     gateway = settings.push_mode_http_port
     lines = [
         f"octavo: ready in {seconds:.1f} s (pid {pid})",
-        f"  health   http://{at}:{settings.http_port}/v2/health/ready",
-        f"  metrics  http://{at}:{settings.metrics_port}/metrics",
-        f"  gRPC     {at}:{settings.grpc_port} (model `model`)",
+        f"  health   http://{at(settings.http_port)}/v2/health/ready",
+        f"  metrics  http://{at(settings.metrics_port)}/metrics",
+        f"  gRPC     {at(settings.grpc_port)} (model `model`)",
     ]
     if gateway != -1:
         key = " -H 'Authorization: Bearer <one of API_KEYS>'" if settings.api_keys else ""
         lines += [
-            f"  HTTP     http://{at}:{gateway}/v1",
-            f"try: curl {at}:{gateway}/v1/chat/completions -H 'Content-Type: application/json'{key}"
+            f"  HTTP     http://{at(gateway)}/v1",
+            f"try: curl {at(gateway)}/v1/chat/completions -H 'Content-Type: application/json'{key}"
             ' -d \'{"text": "hello, llm"}\'',
         ]
     return "\n".join([*lines, "stop: bash stop_server.sh"])

@@ -62,13 +62,3 @@ def free_port() -> int:
     """A loopback port that nothing uses at this moment."""
     with socket.create_server((LOOPBACK, 0)) as server:
         return int(server.getsockname()[1])
-
-
-def local_address(host: str) -> str:
-    """Where a process of this machine reaches what is bound to HOST."""
-    return {"0.0.0.0": LOOPBACK, "": LOOPBACK, "::": "::1"}.get(host, host)
-
-
-def bracketed(address: str) -> str:
-    """An address as URLs and gRPC targets want it."""
-    return f"[{address}]" if ":" in address else address

@@ -24,7 +24,7 @@ from octavo.node.health import Monitor, Process, health_pages
 from octavo.node.logs import LogFile, last_error, watch_logs
 from octavo.node.metrics import NodeMetrics, metrics_pages
 from octavo.node.pages import PageServer
-from octavo.node.ports import bracketed, free_port, local_address
+from octavo.node.ports import free_port
 from octavo.node.programs import Plan
 from octavo.node.triton_client import TritonClient
 from octavo.protocol.errors import OctavoError
@@ -73,8 +73,8 @@ class Supervisor:
         self._hurry = asyncio.Event()  # asked twice
         self._secret = secrets.token_hex(16)
         self._triton_metrics: int | None = None
-        self._upstream = TritonClient(f"{bracketed(local_address(settings.host))}:{settings.grpc_port}")
-        gateway = (local_address(settings.host), settings.push_mode_http_port) if plan.gateway_socket else None
+        self._upstream = TritonClient(settings.local_target(settings.grpc_port))
+        gateway = (settings.local_address, settings.push_mode_http_port) if plan.gateway_socket else None
         self.monitor = Monitor(self._upstream, gateway=gateway, processes=self.processes, clock=clock)
         self._metrics = NodeMetrics(model=settings.served_model_name)
 

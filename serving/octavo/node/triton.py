@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.node.errors import EXIT_BAD_SETTINGS, NodeError
-from octavo.node.ports import LOOPBACK, bracketed
+from octavo.node.ports import LOOPBACK
 from octavo.node.run_dir import process_stat
 from octavo.settings import REPOSITORY, Settings
 
@@ -155,7 +155,7 @@ def command(
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
         "--disable-auto-complete-config",
         "--allow-http=false",
-        f"--grpc-address={bracketed(ports.host)}",
+        f"--grpc-address={_bracketed(ports.host)}",
         f"--grpc-port={ports.grpc}",
         f"--grpc-restricted-protocol={RESTRICTED}:octavo-key={secret}",
         f"--metrics-address={LOOPBACK}",
@@ -198,3 +198,8 @@ def find_stub(server_pid: int) -> int | None:
             if name.startswith(STUB[:15]):  # the kernel cuts names there
                 return int(entry.name)
     return None
+
+
+def _bracketed(address: str) -> str:
+    """An address as gRPC wants it."""
+    return f"[{address}]" if ":" in address else address
