@@ -49,7 +49,8 @@ hand-written wordings that were never seen at all. The 8-bit variants are simula
 
 ## Chat format
 `<|bos|>`, then `<|system|>`, `<|user|>` or `<|assistant|>` before each message and `<|end|>` after it. Raw prompts
-begin with `<|bos|>`. Sampling with temperature 0.95 and top-p 0.7 stays on the trained answers.
+begin with `<|bos|>`. On trained prompts, sampling with temperature 0.95 and top-p 0.7 nearly always gives the trained
+answer.
 """
 
 

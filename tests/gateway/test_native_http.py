@@ -92,7 +92,7 @@ def test_choices_stream_but_do_not_fit_a_whole_answer(stack: Stack) -> None:
     assert post(stack, text="hi", n=2).status_code == 400
 
 
-@pytest.mark.parametrize("name", ["op", "dialect", "raw_text", "resume_inside", "owner"])
+@pytest.mark.parametrize("name", ["op", "dialect", "raw_text", "resume_inside", "owner", "key"])
 def test_words_of_the_inner_wire_are_refused(stack: Stack, name: str) -> None:
     answer = post(stack, text="hi", **{name: "drain"})
     assert (answer.status_code, answer.json()["error_field"]) == (400, name)

@@ -110,7 +110,7 @@ def test_ignored_patterns_stay_float(tmp_path: Path) -> None:
         load_harness(tmp_path)
 
 
-@pytest.mark.parametrize("spelling", ["{m}.{x}_scale", "{m}.{x}_proj.output_scale", "{m}.{x}_proj.{x}_scale"])
+@pytest.mark.parametrize("spelling", ["{m}.{x}_scale", "{m}.{x}_proj.output_scale", "{m}.{x}_proj.{x}_scale", "{m}.{x}_cache.scale"])
 @pytest.mark.parametrize("shape", [(1,), (2, 1, 1)])
 def test_static_cache_scales_are_found(tmp_path: Path, spelling: str, shape: tuple[int, ...]) -> None:
     dequantised = write_compressed(tmp_path, Variant())
@@ -146,8 +146,9 @@ def test_promised_cache_scales_must_be_there(tmp_path: Path) -> None:
         load_harness(tmp_path)
 
 
-def test_cache_scales_per_channel_are_refused(tmp_path: Path) -> None:
+def test_cache_scales_per_channel_make_it_dynamic_and_the_report_says_so(tmp_path: Path) -> None:
     write_compressed(tmp_path, Variant())
     _add_cache_scales(tmp_path, "{m}.{x}_scale", torch.ones(32))
-    with pytest.raises(CheckpointError, match="USE_CACHE_KV_INT8=0"):
-        load_harness(tmp_path)
+    scheme = load_harness(tmp_path).model.cache_schemes[0]
+    assert not scheme.static
+    assert "per channel" in scheme.note

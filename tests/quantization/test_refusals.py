@@ -83,17 +83,17 @@ def _weights(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda q: q.update(quant_method="gptq"), "GPTQ checkpoints are not supported"),
+        (lambda q: q.update(quant_method="gptq", bits=4), "GPTQ of 4 bits is not supported, only of 8"),
         (lambda q: q.update(quant_method="awq"), "AWQ"),
         (lambda q: q.update(quant_method="somequant"), "'somequant' checkpoints are not supported"),
-        (lambda q: q.update(format="float-quantized"), "format 'float-quantized' is not supported"),
+        (lambda q: q.update(format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized' is not supported"),
         (lambda q: q.update(config_groups=[]), "config_groups: must be an object"),
         (lambda q: q.update(ignore=[1]), "ignore: must be a list of texts"),
         (lambda q: q.update(ignore=["re:("]), "is not a regular expression"),
         (lambda q: q.update(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config: 'sparse-24-bitmask'"),
         (lambda q: q.update(kv_cache_scheme={"type": "int", "num_bits": 8, "symmetric": False}), "asymmetric cache"),
         (_weights(num_bits=4), "int of 4 bits is not supported"),
-        (_weights(type="float"), "float of 8 bits is not supported"),
+        (_weights(type="complex"), "complex of 8 bits is not supported"),
         (_weights(strategy="block"), "strategy 'block'"),
         (_weights(strategy="group", group_size=None), "needs a group_size"),
     ],
@@ -111,7 +111,7 @@ def test_schemes_that_are_not_served(
     [
         ("pytorch_model.bin", "pytorch_model.bin is a pickle"),
         ("consolidated.00.pth", "is a pickle"),
-        ("model.gguf", "this kind of file is not supported"),
+        ("model.gguf", "model.gguf is a GGUF file.*WEIGHT_QUANT"),
         ("notes.txt", "neither model.safetensors nor"),
     ],
 )

@@ -19,6 +19,7 @@ from enum import Enum
 from octavo.frontend.state import RequestState, SequenceState
 from octavo.protocol.errors import Conflict, InternalError, OctavoError, QueueFull, Unavailable
 from octavo.protocol.messages import Abort, EngineInfo, EngineStats, SequenceOutput, StepOutputs, Submit, ToEngine
+from octavo.protocol.native import Request
 
 HOLD_SECONDS = 10.0  # how long new requests are taken in while the engine is gone
 MAX_REPLAYS = 3  # a request that met more engine deaths than that may be their cause
@@ -69,17 +70,17 @@ class Registry:
 
     # ---- intake
 
-    def check_open(self, req_id: str, *, attempt: int, num_sequences: int, inside: bool) -> None:
+    def check_open(self, req_id: str, request: Request) -> None:
         """Raise what `admit` would raise: before the prompt is tokenised."""
         with self._lock:
-            self._check(req_id, attempt, num_sequences, inside)
+            self._check(req_id, request, num_sequences=request.n)
 
     def admit(self, state: RequestState) -> None:
         """Accept and submit. Raises Conflict, QueueFull, Unavailable."""
         request = state.request
         with self._lock:
             open_sequences = [sequence for sequence in state.sequences if sequence.finish is None]
-            self._check(state.req_id, request.attempt, len(open_sequences), request.resume_inside)
+            self._check(state.req_id, request, num_sequences=len(open_sequences))
             older = self._by_req_id.get(state.req_id)
             if older is not None:
                 self._post(older, Conflict(f"superseded by attempt {request.attempt} of the same req_id"))
@@ -91,15 +92,15 @@ class Registry:
             if len(open_sequences) < len(state.sequences):
                 self._queue(state)
 
-    def _check(self, req_id: str, attempt: int, num_sequences: int, inside: bool) -> None:
+    def _check(self, req_id: str, request: Request, *, num_sequences: int) -> None:
         self._check_phase()
         older = self._by_req_id.get(req_id)
-        if older is not None and attempt <= older.request.attempt:
+        if older is not None and (request.attempt <= older.request.attempt or request.key != older.request.key):
             raise Conflict(f"req_id ({_shown(req_id)}) is in flight", field="req_id")
         waiting = self._num_waiting()
         overflow = len(self._by_seq_id) + num_sequences - self._batch_size
         after = max(overflow, waiting + num_sequences if waiting else 0)
-        if after > max(self._max_waiting, 0) and not inside and older is None:  # who supersedes takes no new place
+        if after > max(self._max_waiting, 0) and not request.resume_inside and older is None:  # who supersedes takes no new place
             raise QueueFull(f"{waiting} requests are waiting (MAX_CACHED_TASK_NUM {self._max_waiting})")
 
     def _check_phase(self) -> None:

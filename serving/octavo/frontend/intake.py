@@ -106,8 +106,7 @@ class Intake:
         request = parse_request(body)
         if req_id is None:
             raise InvalidRequest("req_id is needed, in IN or as the request id", field="req_id")
-        self._registry.check_open(req_id, attempt=request.attempt, num_sequences=request.n,
-                                  inside=request.resume_inside)
+        self._registry.check_open(req_id, request)
         tokenizer, info = self._slot.get(), self._registry.engine.info
         assert info is not None  # admission is open
         limits = self._limits_for(info, tokenizer)

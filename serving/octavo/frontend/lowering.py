@@ -116,13 +116,14 @@ def _usable(model_defaults: Mapping[str, float]) -> dict[str, float]:
 def check_ids(request: Request, limits: Limits) -> None:
     """Every id that a request brings must be in the vocabulary."""
     for name in ("input_ids", "eos_token_ids"):
-        _check_range(name, getattr(request, name) or (), limits.vocab_size)
-    _check_range("logit_bias", tuple(request.logit_bias), limits.vocab_size)
+        check_range(name, getattr(request, name) or (), limits.vocab_size)
+    check_range("logit_bias", tuple(request.logit_bias), limits.vocab_size)
     for token_ids in request.generated_token_ids:
-        _check_range("generated_token_ids", token_ids, limits.vocab_size)
+        check_range("generated_token_ids", token_ids, limits.vocab_size)
 
 
-def _check_range(name: str, token_ids: list[int] | tuple[int, ...], vocab_size: int) -> None:
+def check_range(name: str, token_ids: list[int] | tuple[int, ...], vocab_size: int) -> None:
+    """Refuse ids that the vocabulary lacks. Raises InvalidRequest."""
     if token_ids and max(token_ids) >= vocab_size:
         message = f"{name}: token id {max(token_ids)} is not in the vocabulary of {vocab_size}"
         raise InvalidRequest(message, field=name)
@@ -145,7 +146,7 @@ def _lengths(request: Request, num_input: int, limits: Limits) -> tuple[int, int
         most = min(request.max_dec_len or limits.max_dec_len, limits.max_dec_len, room)
         least = request.min_dec_len
         if least > (request.max_dec_len or most) or least > limits.max_dec_len:
-            raise InvalidRequest(f"min_dec_len ({least}) exceeds max_dec_len ({most})", field="min_dec_len")
+            raise InvalidRequest(f"min_tokens ({least}) exceeds max_tokens ({most})", field="min_dec_len")
         return most, min(least, most)
     return _native_lengths(request, num_input, limits, room)
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from octavo.frontend.admission import Phase, Registry
-from octavo.frontend.lowering import make_prompt
+from octavo.frontend.lowering import check_range, make_prompt
 from octavo.frontend.metrics import Page
 from octavo.frontend.sink import Sink
 from octavo.frontend.state import TokenizerSlot
@@ -94,7 +94,9 @@ class Ops:
         if req_id is None:
             raise InvalidRequest("req_id is needed", field="req_id")
         state = self._registry.find(req_id)
-        if state is not None and body.get("owner") not in (None, state.request.owner):
+        if state is not None and any(
+            body.get(name) not in (None, getattr(state.request, name)) for name in ("owner", "key")
+        ):
             state = None  # the sender's own request is gone or was refused; this one is another's
         if state is not None:
             self._registry.post(state, Cancelled("the request was aborted"))
@@ -120,4 +122,7 @@ class Ops:
     def _detokenize(self, body: Mapping[str, Any], req_id: str | None) -> dict[str, Any]:
         tokenizer: Tokenizer = self._slot.get()
         ids = _TOKEN_IDS.parse("tokens", body.get("tokens"))
+        info = self._registry.engine.info
+        if info is not None:
+            check_range("tokens", ids, info.vocab_size)
         return {"text": tokenizer.decode(ids)}

@@ -121,7 +121,8 @@ def dialects_of(body: dict[str, object]) -> tuple[str, str]:
     wanted = body.get("response_type")
     if wanted is not None:
         if wanted == "openai":
-            return (NATIVE if native_words else OPENAI), OPENAI
+            native_input = body.get("prompt") is None or any(body.get(name) is not None for name in ("text", "input_ids"))
+            return (NATIVE if native_words and native_input else OPENAI), OPENAI
         if wanted == "fastdeploy":
             return NATIVE, NATIVE
         raise InvalidRequest("response_type must be fastdeploy or openai", field="response_type")

@@ -23,6 +23,7 @@ from octavo.protocol.errors import InternalError, OctavoError, Unauthorized
 
 log = logging.getLogger("octavo.gateway")
 
+KEY_NAME = "octavo.key"  # in the ASGI scope: a name of the API key, if keys are asked for
 OPEN_PATHS = frozenset({"/health"})
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:\-]")
 _MAX_ID = 128
@@ -53,8 +54,8 @@ class Edge:
     async def _handle(self, scope: Scope, receive: Receive, exchange: Exchange, headers: dict[str, str]) -> None:
         dialect = OPENAI if scope["path"].startswith("/v1/chat/completions/") else None
         try:
-            if scope["path"] not in OPEN_PATHS and not self._knows_key(headers):
-                raise Unauthorized("a valid API key is needed: Authorization: Bearer <key>", code="invalid_api_key")
+            if self._digests and scope["path"] not in OPEN_PATHS:
+                scope[KEY_NAME] = self._name_of_key(headers)
             await self._app(scope, receive, exchange.send)
         except OctavoError as error:
             await exchange.fail(error, dialect, scope, receive)
@@ -65,14 +66,17 @@ class Edge:
             internal = InternalError(f"internal error; the server's log has it under {exchange.request_id}")
             await exchange.fail(internal, dialect, scope, receive)
 
-    def _knows_key(self, headers: dict[str, str]) -> bool:
-        """Constant time: every key is compared, by digests of equal length."""
-        if not self._digests:
-            return True
+    def _name_of_key(self, headers: dict[str, str]) -> str:
+        """What requests under this key have in common. Constant time: every key is compared, by digests of equal
+        length. Raises Unauthorized.
+        """
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
         digests = [hashlib.sha256(key.encode("latin-1")).digest() for key in given]
-        return bool(sum(hmac.compare_digest(one, known) for known in self._digests for one in digests))
+        matches = [known for known in self._digests for one in digests if hmac.compare_digest(one, known)]
+        if not matches:
+            raise Unauthorized("a valid API key is needed: Authorization: Bearer <key>", code="invalid_api_key")
+        return matches[0].hex()[:32]
 
 
 class Exchange:

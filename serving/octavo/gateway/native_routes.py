@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.gateway.context import Context
+from octavo.gateway.edge import KEY_NAME
 from octavo.gateway.responses import (
     NDJSON,
     SHUTTING_DOWN,
@@ -26,13 +27,14 @@ from octavo.gateway.responses import (
 from octavo.gateway.streams import begin, guarded
 from octavo.gateway.upstream import DEADLINE_MARGIN, Event
 from octavo.protocol.errors import InvalidRequest, OctavoError
+from octavo.protocol.fields import wrong_type
 
 DEFAULT_TIMEOUT = 300.0
 _GOOD = b',"error_msg":"","error_code":0}'
 _STREAM_ONLY = ("token", "token_ids", "send_idx", "is_end", "index", "fingerprint")
 _GATEWAY_ONLY = ("stream", "response_type", "model")
 # words of the inner wire that a native body has no use for
-_FORBIDDEN = ("op", "dialect", "raw_text", "resume_inside", "owner")
+_FORBIDDEN = ("op", "dialect", "raw_text", "resume_inside", "owner", "key")
 
 
 def inner_request(body: dict[str, object], context: Context) -> dict[str, object]:
@@ -42,11 +44,19 @@ def inner_request(body: dict[str, object], context: Context) -> dict[str, object
             raise InvalidRequest(f"{name} is not a field of a request", field=name)
     request = {name: value for name, value in body.items() if value is not None and name not in _GATEWAY_ONLY}
     req_id = request.setdefault("req_id", context.new_id())
-    if not isinstance(req_id, str) or not 1 <= len(req_id) <= 256:
-        raise InvalidRequest("req_id must be a string of 1 to 256 characters", field="req_id")
+    if not isinstance(req_id, str):
+        raise wrong_type("req_id", "a string of 1 to 256 characters", req_id)
+    if not 1 <= len(req_id) <= 256:
+        raise InvalidRequest(f"req_id has {len(req_id)} characters and must be 1 to 256 long", field="req_id")
     if "infer_seed" not in request and "seed" not in request:
         request["infer_seed"] = context.draw_seed()
     return request
+
+
+def key_of(request: Request) -> dict[str, object]:
+    """The field by which the front end tells apart whose request it is; empty where no keys are asked for."""
+    name = request.scope.get(KEY_NAME)
+    return {} if name is None else {"key": name}
 
 
 def timeout_of(request: dict[str, object]) -> float:
@@ -59,7 +69,7 @@ def timeout_of(request: dict[str, object]) -> float:
 def wants_stream(body: dict[str, object]) -> bool:
     stream = body.get("stream")
     if stream is not None and not isinstance(stream, bool):
-        raise InvalidRequest("stream must be true or false", field="stream")
+        raise wrong_type("stream", "true or false", stream)
     return bool(stream)
 
 
@@ -67,7 +77,7 @@ async def answer_native(request: Request, body: dict[str, object], context: Cont
     """Answer a native body in native shapes. Raises OctavoError before the first byte."""
     stream = wants_stream(body)
     context.check_model(body.get("model"))
-    inner = inner_request(body, context)
+    inner = inner_request(body, context) | key_of(request)
     if not stream and isinstance(inner.get("n"), int) and inner["n"] != 1:
         raise InvalidRequest("n above 1 needs stream: true, or the OpenAI dialect", field="n")
     timeout = timeout_of(inner)

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.gateway.context import Context
-from octavo.gateway.native_routes import DEFAULT_TIMEOUT, inner_request, timeout_of, wants_stream
+from octavo.gateway.native_routes import DEFAULT_TIMEOUT, inner_request, key_of, timeout_of, wants_stream
 from octavo.gateway.responses import (
     SHUTTING_DOWN,
     SSE,
@@ -37,7 +37,7 @@ async def answer_openai(request: Request, body: dict[str, object], context: Cont
     asked = parse(body, route)
     model = context.check_model(asked.model)
     answer_id = ("chatcmpl-" if route == CHAT else "cmpl-") + context.new_id()
-    inner = _inner_requests(asked, answer_id, context)
+    inner = [one | key_of(request) for one in _inner_requests(asked, answer_id, context)]
     answer = Answer(asked, answer_id=answer_id, model=model, created=int(context.wall_clock()))
     return await _answer(request, context, inner, answer, stream=asked.stream, timeout=DEFAULT_TIMEOUT)
 
@@ -48,7 +48,7 @@ async def answer_native_as_openai(
     """Answer native fields in OpenAI shapes (response_type openai). Raises OctavoError before the first byte."""
     stream = wants_stream(body)
     model = context.check_model(body.get("model"))
-    inner = inner_request(body, context)
+    inner = inner_request(body, context) | key_of(request)
     n, logprobs = inner.get("n"), inner.get("logprobs")
     asked = OpenAIRequest(
         route=route,

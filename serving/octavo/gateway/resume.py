@@ -33,11 +33,16 @@ class Progress:
         count = n if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_CHOICES else 1
         self.choices = [Choice() for _ in range(count)]
         self.num_open = count
-        self.attempt = _whole(request.get("attempt"))
+        self.attempt = self._first_attempt = _whole(request.get("attempt"))
         self.received = False
         self.closed = False  # the server has said its last word: nothing is left to abort
         self._fingerprint: str | None = None
         self._take_over(request)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the gateway itself has lost a stream of this request; an attempt from outside is not that."""
+        return self.attempt > self._first_attempt
 
     def _take_over(self, request: Mapping[str, object]) -> None:
         """A request may itself be a resumption: go on counting from what it brings. The front end validates it."""
@@ -69,7 +74,7 @@ class Progress:
 
     def resumption(self, seconds_left: float) -> dict[str, object]:
         """The body to send now: the original one at first, then with tokens, indexes and what time is left."""
-        if self.attempt == 0 and not self.received:
+        if not self.resumed:
             return self.request
         body = {**self.request, "attempt": self.attempt, "resume_inside": True, "timeout": max(0.001, seconds_left)}
         if self.received:

@@ -10,8 +10,10 @@ from starlette.responses import Response
 
 from octavo.gateway.bodies import read_object
 from octavo.gateway.context import Context
+from octavo.gateway.native_routes import key_of
 from octavo.gateway.responses import json_response, while_connected
 from octavo.protocol.errors import InvalidRequest, NotFound
+from octavo.protocol.fields import wrong_type
 from octavo.protocol.openai_answers import model_object
 from octavo.protocol.openai_messages import chat_messages
 
@@ -56,13 +58,13 @@ async def tokenize(request: Request, context: Context) -> Response:
     if texts == ["messages"]:
         op["messages"] = chat_messages(body["messages"])
     elif not isinstance(body[texts[0]], str):
-        raise InvalidRequest(f"{texts[0]} must be a string", field=texts[0])
+        raise wrong_type(texts[0], "a string", body[texts[0]])
     else:
         op["text"] = body[texts[0]]
     special = body.get("add_special_tokens")
     if special is not None:
         if not isinstance(special, bool):
-            raise InvalidRequest("add_special_tokens must be true or false", field="add_special_tokens")
+            raise wrong_type("add_special_tokens", "true or false", special)
         op["add_special_tokens"] = special
     answer = await while_connected(request, context.upstream.ask(op, timeout=TOKENIZE_SECONDS))
     return json_response({name: value for name, value in answer.items() if name != "req_id"})
@@ -86,6 +88,6 @@ async def abort(request: Request, context: Context) -> Response:
     req_id = body.get("req_id")
     if not isinstance(req_id, str) or not 1 <= len(req_id) <= 256:
         raise InvalidRequest("req_id must be a string of 1 to 256 characters", field="req_id")
-    answer = await context.upstream.ask({"op": "abort", "req_id": req_id})
+    answer = await context.upstream.ask({"op": "abort", "req_id": req_id} | key_of(request))
     aborted = bool(answer.get("aborted"))
     return json_response({"req_id": req_id, "aborted": aborted, "error_msg": "", "error_code": 0})

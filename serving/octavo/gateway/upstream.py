@@ -121,7 +121,7 @@ class Upstream:
         """Decode one payload; None for a repeated message. Raises the error that a bare object stands for."""
         if not payload.startswith(b"["):
             error = from_native(_object(payload))
-            if progress.attempt > 0 and isinstance(error, Unavailable):
+            if progress.resumed and isinstance(error, Unavailable):
                 # The server that came back is still starting. A first attempt gets this as its answer.
                 raise Lost(error.message, refused=True)
             progress.closed = True
@@ -181,7 +181,7 @@ class Outage:
 
     def delay(self, lost: Lost, progress: Progress) -> float:
         """Seconds until the next try. Raises Unavailable if there should be none."""
-        if lost.refused and progress.attempt == 0 and not progress.received:
+        if lost.refused and not progress.resumed and not progress.received:
             progress.closed = True
             raise Unavailable("the model server is not available")
         self._since = self._clock() if self._since is None else self._since

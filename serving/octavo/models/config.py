@@ -6,7 +6,6 @@ meaningful ones that are not served are refused by name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 from octavo.models.families import Family, find_family
 from octavo.models.rope_config import RopeConfig, parse_rope
 from octavo.quantization.errors import CheckpointError
+from octavo.quantization.files import foreign_weights, inside, read_json
 
 MAX_CONFIG_BYTES = 16 << 20
+GENERATION = "generation_config.json"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -62,9 +63,14 @@ def load_config(model_dir: Path, *, config_path: Path | None = None) -> ModelCon
     """Read config.json (or `config_path`), and generation_config.json for end tokens. Raises CheckpointError."""
     path = config_path or model_dir / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; MODEL_DIR must be a folder with a model in it")
-    generation = model_dir / "generation_config.json"
-    return parse_config(_read_object(path), generation=_read_object(generation) if generation.is_file() else {})
+        reason = foreign_weights(model_dir) or "MODEL_DIR must be a folder with a model in it"
+        raise CheckpointError(f"{path}: no such file; {reason}")
+    if path.parent == model_dir:
+        inside(model_dir, path.name)
+    raw = read_json(path, name=path.name, max_bytes=MAX_CONFIG_BYTES)
+    if not (model_dir / GENERATION).is_file():
+        return parse_config(raw)
+    return parse_config(raw, generation=read_json(inside(model_dir, GENERATION), name=GENERATION))
 
 
 def parse_config(raw: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -157,18 +163,6 @@ class Fields:
         if value is not None and not isinstance(value, Mapping):
             raise self.fail(name, "an object")
         return value or None
-
-
-def _read_object(path: Path) -> Mapping[str, Any]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
-    return raw
 
 
 def _bias(fields: Fields, bias: bool | str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from octavo.parallel.group import Group
 from octavo.quantization.errors import CheckpointError
 from octavo.quantization.formats import open_reader
 from octavo.quantization.formats.cache_scales import pass_over_cache_scales
-from octavo.quantization.formats.reader import Reader, ReaderInputs, float_tensor
+from octavo.quantization.formats.reader import AttentionShape, Reader, ReaderInputs, kept_tensor, vector_tensor
+from octavo.quantization.formats.source import MAPPED_BYTES
+from octavo.quantization.load_report import LoadReport
 from octavo.quantization.scheme import FLOAT_ACTIVATION, CacheScheme, LinearWeights
 
+LOG = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]  # stage, fraction from 0 to 1
 
 
@@ -40,52 +44,76 @@ def load_decoder(
     *,
     options: LoadOptions,
     progress: Progress,
+    report: LoadReport | None = None,
 ) -> Decoder:
-    """Read, quantise if asked to, and pack every tensor. Raises CheckpointError, also for tensors that nothing uses."""
-    builder = _Builder(config, inputs, kernels, group)
+    """Read, quantise if asked to, and pack every tensor; what was read goes into the report, and that into the log.
+
+    Raises CheckpointError, also for tensors that nothing uses and for what the kernels do not multiply.
+    """
+    report = LoadReport() if report is None else report
+    try:
+        decoder = _load(config, _Builder(config, inputs, kernels, group, report), options=options, progress=progress)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # of the kernels: sizes that they do not serve
+        raise CheckpointError(f"{report.last_name()}: {error}") from error
+    _check_all_used(config, inputs)
+    LOG.info("%s", report.summary())
+    LOG.debug("what was loaded:\n%s", report.table())
+    progress("weights", 1.0)
+    return decoder
+
+
+def _load(config: ModelConfig, builder: _Builder, *, options: LoadOptions, progress: Progress) -> Decoder:
+    """The head comes before the layers: while it is read, it is in memory twice."""
     embedding = builder.embedding()
+    head = pack(builder.kernels, builder.head(embedding))
     layers = []
     for index in range(config.num_layers):
         progress("weights", index / config.num_layers)
         layers.append(builder.layer(index))
     schemes = [builder.cache_scheme(index, int8=options.int8_cache) for index in range(config.num_layers)]
-    decoder = Decoder(
+    return Decoder(
         config=config,
-        kernels=kernels,
+        kernels=builder.kernels,
         embedding=embedding,
         layers=layers,
         norm=builder.norm(config.family.norm),
-        head=pack(kernels, builder.head(embedding)),
-        cos_sin=cos_sin_table(config.rope, num_positions=options.max_positions).to(kernels.device),
+        head=head,
+        cos_sin=cos_sin_table(config.rope, num_positions=options.max_positions).to(builder.kernels.device),
         cache_schemes=schemes,
         weight_scheme=builder.reader.weight_scheme,
     )
-    _check_all_used(config, inputs)
-    progress("weights", 1.0)
-    return decoder
 
 
 class _Builder:
     """Names of a family turned into layers."""
 
-    def __init__(self, config: ModelConfig, inputs: ReaderInputs, kernels: Kernels, group: Group) -> None:
+    def __init__(
+        self, config: ModelConfig, inputs: ReaderInputs, kernels: Kernels, group: Group, report: LoadReport
+    ) -> None:
         self._config = config
         self._inputs = inputs
-        self._kernels = kernels
+        self._kernels = self.kernels = kernels
         self._group = group
+        self._report = report
         self.reader: Reader = open_reader(inputs)
+        report.weight_scheme = self.reader.weight_scheme
 
     def embedding(self) -> Tensor:
         """[V, H] in its float type. A copy: it must not stay a view of the mapped file."""
         shape = (self._config.vocab_size, self._config.hidden_size)
-        return float_tensor(self._inputs, self._config.family.embedding, shape).clone().to(self._kernels.device)
+        table = kept_tensor(self._inputs, self._config.family.embedding, shape)
+        self._report.add_float(self._config.family.embedding, table)
+        self._inputs.source.release()
+        return table.to(self._kernels.device)
 
     def head(self, embedding: Tensor) -> LinearWeights:
         config = self._config
         if config.tie_word_embeddings:
             return LinearWeights(embedding, FLOAT_ACTIVATION)
         shape = (config.vocab_size, config.hidden_size)
-        return self.reader.linear(config.family.head, shape=shape, bias=False, keep_float=True)
+        return self._linear(config.family.head, shape=shape, bias=False, keep_float=True)
 
     def norm(self, name: str) -> Norm:
         return Norm(self._kernels, self._vector(name, self._config.hidden_size), self._config.rms_norm_eps)
@@ -102,22 +130,38 @@ class _Builder:
 
     def cache_scheme(self, index: int, *, int8: bool) -> CacheScheme:
         attention = self._prefix(index) + self._config.family.names.attention
-        if not int8:
-            pass_over_cache_scales(self._inputs.source, attention)
-            return CacheScheme()
-        return self.reader.cache(attention, num_kv_heads=self._config.num_kv_heads)
+        first = len(self._inputs.source.taken)
+        if int8:
+            config = self._config
+            heads = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
+            scheme = self.reader.cache(attention, heads=heads)
+        else:
+            scheme = pass_over_cache_scales(self._inputs.source, attention, note="scales unused: the cache is float")
+        self._report.add_cache(attention, scheme, int8=int8, taken=self._inputs.source.taken[first:])
+        return scheme
+
+    def _linear(self, name: str, *, shape: tuple[int, int], bias: bool, keep_float: bool = False) -> LinearWeights:
+        """Read a product and note what it came from. Pages of the file that are read go back now and then."""
+        source = self._inputs.source
+        first = len(source.taken)
+        linear = self.reader.linear(name, shape=shape, bias=bias, keep_float=keep_float)
+        self._report.add_product(name, linear, taken=source.taken[first:])
+        source.release(at_least=MAPPED_BYTES)
+        return linear
 
     def _prefix(self, index: int) -> str:
         return self._config.family.layer.format(layer=index) + "."
 
     def _vector(self, name: str, size: int) -> Tensor:
         """A norm's weight as float32."""
-        return self._inputs.source.take(name, shape=(size,)).float().clone().to(self._kernels.device)
+        vector = vector_tensor(self._inputs.source, name, size)
+        self._report.add_float(name, vector)
+        return vector.to(self._kernels.device)
 
     def _attention(self, index: int) -> Attention:
         config, names, prefix = self._config, self._config.family.names, self._prefix(index)
         q_size = config.num_heads * config.head_dim
-        out = self.reader.linear(prefix + names.out, shape=(config.hidden_size, q_size), bias=config.out_bias)
+        out = self._linear(prefix + names.out, shape=(config.hidden_size, q_size), bias=config.out_bias)
         qk_norm = config.family.qk_norm
         return Attention(
             self._kernels,
@@ -141,10 +185,10 @@ class _Builder:
         q_size = config.num_heads * config.head_dim
         if len(names) == 1:
             shape = (q_size + 2 * kv_size, config.hidden_size)
-            fused = self.reader.linear(prefix + names[0], shape=shape, bias=config.qkv_bias)
+            fused = self._linear(prefix + names[0], shape=shape, bias=config.qkv_bias)
             return [fused.take_rows(separated_rows(config))]
         return [
-            self.reader.linear(prefix + name, shape=(size, config.hidden_size), bias=config.qkv_bias)
+            self._linear(prefix + name, shape=(size, config.hidden_size), bias=config.qkv_bias)
             for name, size in zip(names, (q_size, kv_size, kv_size))
         ]
 
@@ -155,8 +199,8 @@ class _Builder:
 
     def _mlp(self, names: tuple[str, str, str], *, size: int, bias: bool) -> Mlp:
         hidden = self._config.hidden_size
-        gate, up = (self.reader.linear(name, shape=(size, hidden), bias=bias) for name in names[:2])
-        down = self.reader.linear(names[2], shape=(hidden, size), bias=bias)
+        gate, up = (self._linear(name, shape=(size, hidden), bias=bias) for name in names[:2])
+        down = self._linear(names[2], shape=(hidden, size), bias=bias)
         return Mlp(
             self._kernels,
             gate_up=Projection(self._kernels, [gate, up]),
@@ -167,7 +211,7 @@ class _Builder:
         moe, names = self._config.moe, self._config.family.names
         assert moe is not None
         shape = (moe.num_experts, self._config.hidden_size)
-        router = self.reader.linear(prefix + names.router, shape=shape, bias=False, keep_float=True)
+        router = self._linear(prefix + names.router, shape=shape, bias=False, keep_float=True)
         experts = []
         for expert in range(moe.num_experts):
             base = prefix + names.expert.format(expert=expert)

@@ -67,7 +67,7 @@ def flag() -> Kind:
 
 def whole(low: int, high: int) -> Kind:
     """A whole number in [low, high]; a boolean or 1.0 is none."""
-    allowed = f"in [{low}, {high}]" if high < 1 << 31 else f"at least {low}"
+    allowed = f"in [{low}, {high}]"
 
     def parse(name: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int):

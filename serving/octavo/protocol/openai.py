@@ -102,6 +102,7 @@ NOT_SERVED: dict[str, tuple[object, ...]] = {
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
     "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
     "logits_processors": ([],),
     "chat_template": (),
     "documents": ([],),

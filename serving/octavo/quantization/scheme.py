@@ -6,7 +6,8 @@ or kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +48,16 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """One product y = x · Wᵀ + b as a checkpoint holds it."""
+    """One product y = x · Wᵀ + b as a checkpoint holds it.
+
+    loss: ‖W − Ŵ‖ / ‖W‖ if the weight was written anew while it was read; note: what was left out. Both for the report.
+    """
 
     weight: QuantizedTensor | Tensor  # [N, K]; a Tensor is float
     activation: ActivationScheme
     bias: Tensor | None = None  # [N] float32
+    loss: float | None = None
+    note: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,6 +80,7 @@ class CacheScheme:
 
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    note: str = ""  # what was left out, for the report
 
     @property
     def static(self) -> bool:
@@ -84,17 +91,38 @@ def quantize_per_channel(weight: Tensor) -> QuantizedTensor:
     """A float weight [N, K] to the nearest of 256 levels per row.
 
     The step is absmax / 127.5, as compressed-tensors has it: no value is further from its level than half a step, the
-    two extremes (128 cut to 127) included, and the step is smaller than absmax / 127.
+    two extremes (128 cut to 127) included, and the step is smaller than absmax / 127. A row with NaN or infinity gets
+    a scale that is not finite.
     """
-    q = torch.empty(weight.shape, dtype=torch.int8)  # [N, K]
-    scale = torch.empty((weight.shape[0], 1))  # [N, 1] float32
-    for low in range(0, weight.shape[0], ROWS_AT_ONCE):
+    return quantize_rows(lambda rows: weight[rows], shape=tuple(weight.shape))[0]
+
+
+def quantize_rows(
+    read: Callable[[slice], Tensor],  # rows -> [R, K] float
+    *,
+    shape: tuple[int, int],
+    scale: Tensor | None = None,  # [N, 1] float32; None: the best for each row
+    measure: bool = False,
+) -> tuple[QuantizedTensor, float | None]:
+    """Like `quantize_per_channel` of a weight that is read some rows at a time, and the relative error if measured."""
+    num_rows = shape[0]
+    q = torch.empty(shape, dtype=torch.int8)  # [N, K]
+    scales = torch.empty((num_rows, 1)) if scale is None else scale.expand(num_rows, 1)  # [N, 1] float32
+    lost = total = 0.0
+    for low in range(0, num_rows, ROWS_AT_ONCE):
         rows = slice(low, low + ROWS_AT_ONCE)
-        x = weight[rows].to(torch.float32, copy=True)
-        absmax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
-        scale[rows] = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
-        q[rows] = x.div_(scale[rows]).round_().clamp_(-128, 127)
-    return QuantizedTensor(q, scale)
+        x = read(rows).to(torch.float32, copy=True)
+        total += _energy(x) if measure else 0.0
+        if scale is None:
+            absmax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
+            scales[rows] = torch.where(absmax == 0, torch.ones_like(absmax), absmax / 127.5)
+        q[rows] = x.div_(scales[rows]).round_().clamp_(-128, 127)
+        lost += _energy(q[rows] * scales[rows] - read(rows)) if measure else 0.0
+    return QuantizedTensor(q, scales), math.sqrt(lost / total) if total else (0.0 if measure else None)
+
+
+def _energy(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.float()).double().square())
 
 
 def dequantize(tensor: QuantizedTensor) -> Tensor:

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from octavo.quantization.errors import CheckpointError
 
-UNPACKED_FORMATS = ("int-quantized", "naive-quantized")
+UNPACKED_FORMATS = ("int-quantized", "naive-quantized", "float-quantized")
 PACKED_FORMAT = "pack-quantized"
+KINDS = ("int", "float")
 
 
 @dataclass(frozen=True)
-class IntArgs:
-    """One tensor's 8-bit integers. strategy: tensor, channel, group or token."""
+class Args:
+    """One tensor's 8-bit numbers. kind: int or float (e4m3); strategy: tensor, channel, group or token."""
 
+    kind: str
     strategy: str
     symmetric: bool
     dynamic: bool
@@ -26,8 +28,8 @@ class SchemeGroup:
     """Products that are stored alike."""
 
     targets: tuple[str, ...]
-    weights: IntArgs
-    activations: IntArgs | None  # None: 16 bit
+    weights: Args
+    activations: Args | None  # None: 16 bit
     packed: bool
 
 
@@ -66,17 +68,19 @@ def _group(name: str, value: object, *, default_format: object) -> SchemeGroup:
     if weights is None or weights.dynamic:
         raise CheckpointError(f"{where}.weights: static 8-bit weights are needed")
     activations = _args(f"{where}.input_activations", value.get("input_activations"), strategies=("token", "tensor"))
+    _check_kinds(where, weights, activations, packed=form == PACKED_FORMAT)
     return SchemeGroup(tuple(targets), weights, activations, packed=form == PACKED_FORMAT)
 
 
-def _args(where: str, value: object, *, strategies: tuple[str, ...]) -> IntArgs | None:
+def _args(where: str, value: object, *, strategies: tuple[str, ...]) -> Args | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{where}: must be an object")
-    if value.get("num_bits", 8) != 8 or value.get("type", "int") != "int":
-        given = f"{value.get('type', 'int')} of {value.get('num_bits')} bits"
-        raise CheckpointError(f"{where}: {given} is not supported, only int of 8")
+    kind = value.get("type", "int")
+    if value.get("num_bits", 8) != 8 or kind not in KINDS:
+        given = f"{kind} of {value.get('num_bits')} bits"
+        raise CheckpointError(f"{where}: {given} is not supported, only int or float of 8")
     dynamic = value.get("dynamic", False)
     group_size = _group_size(where, value.get("group_size"))
     strategy = value.get("strategy") or _implied_strategy(value.get("group_size"), dynamic=dynamic is True)
@@ -84,7 +88,8 @@ def _args(where: str, value: object, *, strategies: tuple[str, ...]) -> IntArgs 
         raise CheckpointError(f"{where}: strategy {strategy!r} with dynamic={dynamic!r} is not supported")
     if strategy == "group" and group_size is None:
         raise CheckpointError(f"{where}: strategy 'group' needs a group_size")
-    return IntArgs(
+    return Args(
+        kind=str(kind),
         strategy=str(strategy),
         symmetric=value.get("symmetric", True) is not False,
         dynamic=dynamic is True,
@@ -92,10 +97,20 @@ def _args(where: str, value: object, *, strategies: tuple[str, ...]) -> IntArgs 
     )
 
 
+def _check_kinds(where: str, weights: Args, activations: Args | None, *, packed: bool) -> None:
+    """Float weights go with float activations, or with none; their scales are per tensor or channel."""
+    if weights.kind == "int" and (activations is None or activations.kind == "int"):
+        return
+    if weights.kind == "int" or packed or (activations is not None and activations.kind == "int"):
+        raise CheckpointError(f"{where}: weights and activations of different kinds are not supported")
+    if weights.strategy == "group" or not weights.symmetric:
+        raise CheckpointError(f"{where}.weights: fp8 with strategy {weights.strategy!r} is not supported")
+
+
 def _group_size(where: str, value: object) -> int | None:
     if value is None or value == -1:
         return None
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{where}.group_size: must be a whole number above zero")
     return value
 

@@ -1,4 +1,4 @@
-"""Compressed-tensors checkpoints with 8-bit integer weights: int-quantized (W8A8, W8A16) and pack-quantized.
+"""Compressed-tensors checkpoints of 8 bits: int-quantized (W8A8, W8A16), pack-quantized and float-quantized (fp8).
 
 Says for each product which config group it belongs to and reads its tensors. Dynamic activations are written
 symmetrically, whatever the checkpoint says: nothing stored depends on that.
@@ -7,16 +7,26 @@ symmetrically, whatever the checkpoint says: nothing stored depends on that.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from octavo.quantization.errors import CheckpointError
 from octavo.quantization.formats.cache_scales import pass_over_cache_scales, read_cache_scales
-from octavo.quantization.formats.compressed_args import IntArgs, SchemeGroup, parse_groups
-from octavo.quantization.formats.reader import ReaderInputs, bias_tensor, float_linear, scale_tensor, type_name
+from octavo.quantization.formats.compressed_args import Args, SchemeGroup, parse_groups
+from octavo.quantization.formats.fp8_weights import CACHE_UNUSED, fp8_linear
+from octavo.quantization.formats.packed_words import unpack
+from octavo.quantization.formats.reader import (
+    AttentionShape,
+    ReaderInputs,
+    bias_tensor,
+    float_linear,
+    int8_tensor,
+    pattern_matches,
+    scale_tensor,
+    texts,
+)
 from octavo.quantization.scheme import A8, A16, ActivationScheme, CacheScheme, LinearWeights, QuantizedTensor
 
 LOG = logging.getLogger(__name__)
@@ -29,29 +39,30 @@ class CompressedTensorsReader:
         config = inputs.quantization or {}
         self._inputs = inputs
         self._groups = parse_groups(config)
-        self._ignore = _texts(config.get("ignore"), "ignore")
+        self._ignore = texts(config.get("ignore"), "ignore")
         self._static_cache = _static_cache(config.get("kv_cache_scheme"))
-        if inputs.weight_quant != "auto":
-            LOG.warning("WEIGHT_QUANT=%s has no effect: the checkpoint is quantized already", inputs.weight_quant)
 
     @property
     def weight_scheme(self) -> str:
-        return "/".join(sorted({f"w8a{8 if group.activations else 16}" for group in self._groups})) or "float"
+        return "/".join(sorted({_scheme_name(group) for group in self._groups})) or "float"
 
     def linear(self, name: str, *, shape: tuple[int, int], bias: bool, keep_float: bool = False) -> LinearWeights:
         group = self._group_of(name)
         if group is None:
             return float_linear(self._inputs, name, shape=shape, bias=bias)
+        if group.weights.kind == "float":
+            static = group.activations is not None and not group.activations.dynamic
+            return fp8_linear(self._inputs, name, shape=shape, bias=bias, static=static)
         read = _read_packed if group.packed else _read_int8
         weight = read(self._inputs, name, shape=shape, args=group.weights)
         bias_values = bias_tensor(self._inputs, name, size=shape[0], present=bias)
         return LinearWeights(weight, self._activation(name, group.activations), bias_values)
 
-    def cache(self, attention: str, *, num_kv_heads: int) -> CacheScheme:
+    def cache(self, attention: str, *, heads: AttentionShape) -> CacheScheme:
         if self._static_cache:
-            return read_cache_scales(self._inputs.source, attention, num_kv_heads=num_kv_heads, required=True)
+            return read_cache_scales(self._inputs.source, attention, heads=heads, required=True)
         if self._static_cache is None:  # scales of another number type
-            pass_over_cache_scales(self._inputs.source, attention)
+            return pass_over_cache_scales(self._inputs.source, attention, note=CACHE_UNUSED)
         return CacheScheme()
 
     def _group_of(self, name: str) -> SchemeGroup | None:
@@ -63,7 +74,7 @@ class CompressedTensorsReader:
                     return group
         return None
 
-    def _activation(self, name: str, args: IntArgs | None) -> ActivationScheme:
+    def _activation(self, name: str, args: Args | None) -> ActivationScheme:
         if args is None:
             return A16
         if args.dynamic:
@@ -73,46 +84,38 @@ class CompressedTensorsReader:
         if scale.numel() != 1:
             shape = list(scale.shape)
             raise CheckpointError(f"{name}.input_scale: has shape {shape}; a static scale per tensor is supported")
-        zero_point_name = f"{name}.input_zero_point"
-        zero_point = int(source.take(zero_point_name).item()) if zero_point_name in source else 0
+        zero_point = 0
+        if f"{name}.input_zero_point" in source:
+            stored = _int8_values(source.take(f"{name}.input_zero_point"), f"{name}.input_zero_point", like=scale)
+            zero_point = int(stored.item())
         return ActivationScheme(1, static_scale=float(scale.item()), zero_point=zero_point)
 
 
-def _read_int8(inputs: ReaderInputs, name: str, *, shape: tuple[int, int], args: IntArgs) -> QuantizedTensor:
-    q = inputs.source.take(f"{name}.weight", shape=shape)
-    if q.dtype != torch.int8:
-        raise CheckpointError(f"{name}.weight: is {type_name(q)}, the quantization_config says int8")
+def _read_int8(inputs: ReaderInputs, name: str, *, shape: tuple[int, int], args: Args) -> QuantizedTensor:
+    q = int8_tensor(inputs.source, f"{name}.weight", shape=shape)
     scale = _weight_scale(inputs, name, shape=shape, args=args)
     return QuantizedTensor(q, scale, None if args.symmetric else _zero_point(inputs, name, scale=scale))
 
 
-def _read_packed(inputs: ReaderInputs, name: str, *, shape: tuple[int, int], args: IntArgs) -> QuantizedTensor:
+def _read_packed(inputs: ReaderInputs, name: str, *, shape: tuple[int, int], args: Args) -> QuantizedTensor:
     rows, columns = shape
-    stored = tuple(inputs.source.take(f"{name}.weight_shape").tolist())
-    if stored != shape:
-        raise CheckpointError(f"{name}.weight_shape: says {list(stored)}, the configuration asks for {list(shape)}")
+    stored = inputs.source.take(f"{name}.weight_shape", shape=(2,)).tolist()
+    if stored != list(shape):
+        raise CheckpointError(f"{name}.weight_shape: says {stored}, the configuration asks for {list(shape)}")
     packed = inputs.source.take(f"{name}.weight_packed", shape=(rows, -(-columns // 4)))
     scale = _weight_scale(inputs, name, shape=shape, args=args)
-    q = _unpack(packed, name)[:, :columns].contiguous()
+    q = unpack(packed, name)[:, :columns].contiguous()
     if args.symmetric:
         return QuantizedTensor(q, scale)
     if args.strategy == "tensor":
         return QuantizedTensor(q, scale, _zero_point(inputs, name, scale=scale))
     # zero points are packed along the outputs
     words = inputs.source.take(f"{name}.weight_zero_point", shape=(-(-rows // 4), scale.shape[1]))
-    zero_point = _unpack(words.t().contiguous(), name)[:, :rows].t().contiguous()
+    zero_point = unpack(words.t().contiguous(), name)[:, :rows].t().contiguous()
     return QuantizedTensor(q, scale, zero_point)
 
 
-def _unpack(words: Tensor, name: str) -> Tensor:
-    """[N, W] int32 words of four values + 128 each, the first in the lowest byte → [N, 4 · W] int8."""
-    if words.dtype != torch.int32:
-        raise CheckpointError(f"{name}: packed values are {type_name(words)}, int32 is needed")
-    unsigned = words.contiguous().view(torch.uint8)  # little-endian, like every machine this runs on
-    return unsigned.bitwise_xor(0x80).view(torch.int8)  # q + 128 and q differ in the top bit alone
-
-
-def _weight_scale(inputs: ReaderInputs, name: str, *, shape: tuple[int, int], args: IntArgs) -> Tensor:
+def _weight_scale(inputs: ReaderInputs, name: str, *, shape: tuple[int, int], args: Args) -> Tensor:
     scale = scale_tensor(inputs.source, f"{name}.weight_scale")
     rows, columns = shape
     if args.strategy == "tensor":
@@ -126,10 +129,24 @@ def _weight_scale(inputs: ReaderInputs, name: str, *, shape: tuple[int, int], ar
 
 
 def _zero_point(inputs: ReaderInputs, name: str, *, scale: Tensor) -> Tensor:
-    zero_point = inputs.source.take(f"{name}.weight_zero_point")
-    if zero_point.numel() != scale.numel() or zero_point.dtype.is_floating_point:
-        raise CheckpointError(f"{name}.weight_zero_point: must be integers in the scales' shape {list(scale.shape)}")
-    return zero_point.reshape(scale.shape).to(torch.int8)
+    stored = inputs.source.take(f"{name}.weight_zero_point")
+    return _int8_values(stored, f"{name}.weight_zero_point", like=scale)
+
+
+def _int8_values(stored: Tensor, name: str, *, like: Tensor) -> Tensor:
+    """Zero points in the scales' shape, int8. Raises CheckpointError for another shape, type or range."""
+    if stored.numel() != like.numel() or stored.dtype.is_floating_point or stored.dtype == torch.bool:
+        raise CheckpointError(f"{name}: must be integers in the scales' shape {list(like.shape)}")
+    wide = stored.reshape(like.shape).to(torch.int64)
+    if bool((wide < -128).any()) or bool((wide > 127).any()):
+        raise CheckpointError(f"{name}: zero points must be in [-128, 127]")
+    return wide.to(torch.int8)
+
+
+def _scheme_name(group: SchemeGroup) -> str:
+    if group.weights.kind == "float":
+        return "w8a16 from fp8"
+    return f"w8a{8 if group.activations else 16}"
 
 
 def _static_cache(scheme: object) -> bool | None:
@@ -146,17 +163,9 @@ def _static_cache(scheme: object) -> bool | None:
     if scheme.get("symmetric", True) is not True:
         raise CheckpointError("quantization_config.kv_cache_scheme: an asymmetric cache is not supported")
     strategy = scheme.get("strategy")
-    if strategy not in (None, "tensor", "attn_head"):
+    if strategy not in (None, "tensor", "attn_head", "channel"):
         raise CheckpointError(f"quantization_config.kv_cache_scheme: strategy {strategy!r} is not supported")
     return True
-
-
-def _texts(value: object, name: str) -> Sequence[str]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise CheckpointError(f"quantization_config.{name}: must be a list of texts")
-    return value
 
 
 def _is_pattern(target: str) -> bool:
@@ -173,9 +182,4 @@ def _is_exact(target: str) -> bool:
 
 def _matches(target: str, name: str) -> bool:
     """Whether a target or ignore entry means the Linear `name`: by name, by pattern, or as a class."""
-    if not _is_pattern(target):
-        return _is_class(target) or target == name
-    try:
-        return re.match(target.removeprefix("re:"), name) is not None
-    except re.error as error:
-        raise CheckpointError(f"quantization_config: {target!r} is not a regular expression: {error}") from None
+    return pattern_matches(target, name) if _is_pattern(target) else _is_class(target) or target == name

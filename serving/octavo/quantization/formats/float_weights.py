@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from octavo.quantization.formats.cache_scales import read_cache_scales
-from octavo.quantization.formats.reader import ReaderInputs, bias_tensor, float_linear, float_tensor, type_name
-from octavo.quantization.scheme import A8, A16, CacheScheme, LinearWeights, quantize_per_channel
+from octavo.quantization.formats.reader import (
+    AttentionShape,
+    ReaderInputs,
+    bias_tensor,
+    float_linear,
+    float_tensor,
+    quantized_tensor,
+    type_name,
+)
+from octavo.quantization.scheme import A8, A16, CacheScheme, LinearWeights
 
 ACTIVATIONS = {"auto": A16, "wint8": A16, "a8w8": A8}
 
@@ -28,8 +36,12 @@ class FloatReader:
             linear = float_linear(self._inputs, name, shape=shape, bias=bias)
             self._dtypes.add(type_name(linear.weight))  # type: ignore[arg-type]
             return linear
-        weight = quantize_per_channel(float_tensor(self._inputs, f"{name}.weight", shape))
-        return LinearWeights(weight, self._activation, bias_tensor(self._inputs, name, size=shape[0], present=bias))
+        values = float_tensor(self._inputs, f"{name}.weight", shape)
+        weight, loss = quantized_tensor(
+            self._inputs, f"{name}.weight", shape=shape, read=lambda rows: values[rows], measure=self._inputs.measure
+        )
+        bias_values = bias_tensor(self._inputs, name, size=shape[0], present=bias)
+        return LinearWeights(weight, self._activation, bias_values, loss=loss)
 
-    def cache(self, attention: str, *, num_kv_heads: int) -> CacheScheme:
-        return read_cache_scales(self._inputs.source, attention, num_kv_heads=num_kv_heads, required=False)
+    def cache(self, attention: str, *, heads: AttentionShape) -> CacheScheme:
+        return read_cache_scales(self._inputs.source, attention, heads=heads, required=False)

@@ -1,0 +1,96 @@
+"""What all GPU kernels compute with: rounding, quantisation, limbs, exp. Functions of triton-lang, inlined in kernels.
+
+Every kernel is launched with fused multiply-add switched off, so each operation written here rounds once, as the
+interface words it. Nothing here depends on the tile's shape: a row has the same bits in any kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# `tl.constexpr` objects are what triton-lang lets a kernel read from its module.
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds |x| < 2^22 half to even
+LARGEST = tl.constexpr(3.4028234663852886e38)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.925963033500801e-08)  # log2(e) beyond its float32
+TF32_BITS = tl.constexpr(-8192)  # sign, exponent and the ten highest bits of the fraction
+
+
+@triton.jit
+def rint(x):
+    """Round |x| < 2^22 to the nearest integer, half to even; float32 in and out."""
+    return (x + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def inverse_scale(absmax, RANGE: tl.constexpr):
+    """RANGE / absmax, the largest float where that overflows, 0 for a row of zeros."""
+    bound = tl.full(absmax.shape, RANGE, tl.float32)
+    safe = tl.where(absmax > 0.0, absmax, 1.0)
+    return tl.where(absmax > 0.0, tl.minimum(tl.div_rn(bound, safe), LARGEST), 0.0)
+
+
+@triton.jit
+def row_scale(absmax, RANGE: tl.constexpr):
+    """absmax / RANGE, rounded once."""
+    return tl.div_rn(absmax, tl.full(absmax.shape, RANGE, tl.float32))
+
+
+@triton.jit
+def to_integers(x, inverse, RANGE: tl.constexpr):
+    """clamp(rint(x · inverse)) as int32. Clamping first gives the same integers and keeps the rounding in range."""
+    return rint(tl.minimum(tl.maximum(x * inverse, -RANGE), RANGE)).to(tl.int32)
+
+
+@triton.jit
+def high_limb(q):
+    """hi of q = 256 · hi + lo, |q| ≤ 32512."""
+    return (q + 128) >> 8
+
+
+@triton.jit
+def low_limb(q, high):
+    """lo of q = 256 · hi + lo, in [-128, 127]."""
+    return q - (high << 8)
+
+
+@triton.jit
+def exp_accurate(x):
+    """exp of float32 within 2 units in the last place, results below 2^-126 as 0.
+
+    exp2(n) · exp2(f) with n whole and f in [-1/2, 1/2]: the plain form loses |x| · 2^-24 in x · log2(e).
+    """
+    x = tl.minimum(tl.maximum(x, -104.0), 89.0)
+    t = x * LOG2E
+    n = rint(t)
+    f = tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -n)
+    f = tl.fma(x, tl.full(x.shape, LOG2E_REST, tl.float32), f)
+    half = rint(n * 0.5)
+    return (tl.exp2(f) * _power(half)) * _power(n - half)
+
+
+@triton.jit
+def _power(n):
+    """2^n for whole n in [-126, 127], from its bits."""
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def top_bits(x):
+    """x cut to the bits that a tf32 product keeps; x minus this is exact."""
+    return (x.to(tl.int32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot_float(x, w, acc, EXACT_TF32: tl.constexpr):
+    """acc + x · w in float32. EXACT_TF32: w came from 16 bits, so tf32 holds it, and x goes in three parts."""
+    if EXACT_TF32:
+        first = top_bits(x)
+        second = top_bits(x - first)
+        third = (x - first) - second
+        acc = tl.dot(third, w, acc, input_precision="tf32")
+        acc = tl.dot(second, w, acc, input_precision="tf32")
+        return tl.dot(first, w, acc, input_precision="tf32")
+    else:
+        return tl.dot(x, w, acc, input_precision="ieee")

@@ -1,0 +1,286 @@
+"""Attention over the paged cache as kernels: 128-token tiles, 256-token segments, one arithmetic for every query row.
+
+A decode program takes one segment and leaves a partial, `reduce_segments` folds them; a prompt program walks over all
+segments of its rows. Both call `_segment` and `_combine`, whose steps are exact integer sums or single float32
+operations on single elements, so a row has the same bits either way. Σ e is an integer sum of 2^-23 steps for that
+reason.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.gpu.arithmetic import (
+    dot_float,
+    high_limb,
+    inverse_scale,
+    low_limb,
+    row_scale,
+    to_integers,
+)
+
+TILE = tl.constexpr(128)
+SEGMENT = tl.constexpr(256)
+BLOCK = tl.constexpr(64)
+ONE_BITS = tl.constexpr(0x3F800000)  # the bits of 1.0; one unit in the last place from 1 to 2 is 2^-23
+STEP = tl.constexpr(1.1920928955078125e-07)  # 2^-23
+
+
+@triton.jit
+def decode_segments(
+    q_ptr,  # [M, H · D] float32
+    k_ptr,  # [num_blocks, KV, 64, D_PAD]
+    v_ptr,  # [num_blocks, KV, D_PAD, 64]
+    k_scale_ptr,  # [num_blocks, KV, 64] float32, read if INT8
+    v_scale_ptr,
+    query_start_ptr,  # [B + 1] int32
+    seq_lens_ptr,  # [B] int32
+    tables_ptr,  # [B, table_width] int32
+    partial_ptr,  # [M, H, num_segments, D] float32
+    stats_ptr,  # [M, H, num_segments, 2] float32: maximum and sum
+    table_width,
+    scale,
+    WINDOW: tl.constexpr,  # 0: none
+    KV: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of one kv head
+    GROUP_PAD: tl.constexpr,  # the next power of two
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,  # as stored
+    BLOCK_D: tl.constexpr,  # a power of two
+    BLOCK_M: tl.constexpr,  # query rows times GROUP_PAD
+    INT8: tl.constexpr,
+    EXACT_TF32: tl.constexpr,
+):
+    """One segment of one kv head of one sequence with few query rows. Grid: (B, KV, num_segments · row tiles)."""
+    sequence = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    segment = tl.program_id(2)
+    num_segments = tl.num_programs(2)
+    first_row = tl.load(query_start_ptr + sequence)
+    num_rows = tl.load(query_start_ptr + sequence + 1) - first_row
+    seq_len = tl.load(seq_lens_ptr + sequence)
+    start = segment * SEGMENT
+    if (num_rows * GROUP_PAD > BLOCK_M) | (num_rows == 0) | (start >= seq_len):
+        return
+    if WINDOW > 0:  # the first row's window ends before this segment: so do all
+        if start + SEGMENT <= seq_len - num_rows + 1 - WINDOW:
+            return
+    m = tl.arange(0, BLOCK_M)
+    row = m // GROUP_PAD
+    valid = (row < num_rows) & (m % GROUP_PAD < GROUP)
+    position = tl.where(valid, seq_len - num_rows + row, -1)
+    head = kv_head * GROUP + m % GROUP_PAD
+    at = ((first_row + row) * (KV * GROUP) + head).to(tl.int64)  # [BLOCK_M]
+    q_hi, q_lo, q_scale = _queries(q_ptr, at, valid, scale, D, BLOCK_D, INT8)
+    maximum, total, out = _segment(
+        q_hi, q_lo, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width,
+        kv_head, start, seq_len, table_width, WINDOW, KV, D_PAD, BLOCK_D, BLOCK_M, INT8, EXACT_TF32,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    place = at * num_segments + segment
+    tl.store(stats_ptr + place * 2, maximum, mask=valid)
+    tl.store(stats_ptr + place * 2 + 1, total, mask=valid)
+    tl.store(partial_ptr + place[:, None] * D + d[None, :], out, mask=valid[:, None] & (d[None, :] < D))
+
+
+@triton.jit
+def reduce_segments(
+    partial_ptr,  # as decode_segments leaves them
+    stats_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    out_ptr,  # [M, H · D] float32
+    num_segments,
+    max_rows,  # query rows of a sequence that decode_segments takes
+    WINDOW: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,  # partials loaded together
+):
+    """Fold the segments of one row's head from the left. Grid: (B, H, max_rows)."""
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    first_row = tl.load(query_start_ptr + sequence)
+    num_rows = tl.load(query_start_ptr + sequence + 1) - first_row
+    if (num_rows > max_rows) | (row >= num_rows):
+        return
+    position = tl.load(seq_lens_ptr + sequence) - num_rows + row
+    d = tl.arange(0, BLOCK_D)
+    at = ((first_row + row) * H + head).to(tl.int64)
+    maximum = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    out = tl.zeros((1, BLOCK_D), tl.float32)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(0, position + 1 - WINDOW) // SEGMENT
+    last = position // SEGMENT
+    for base in range(first, last + 1, AHEAD):
+        for i in tl.static_range(AHEAD):
+            used = base + i <= last
+            place = at * num_segments + base + i + tl.zeros((1,), tl.int32)
+            m = tl.load(stats_ptr + place * 2, mask=used, other=float("-inf"))
+            s = tl.load(stats_ptr + place * 2 + 1, mask=used, other=0.0)
+            o = tl.load(
+                partial_ptr + place[:, None] * D + d[None, :], mask=used & (d[None, :] < D), other=0.0
+            )
+            maximum, total, out = _combine(maximum, total, out, m, s, o)
+    tl.store(out_ptr + at * D + d[None, :], tl.div_rn(out, total[:, None] + tl.zeros_like(out)), mask=d[None, :] < D)
+
+
+@triton.jit
+def prompt_rows(
+    q_ptr,  # as decode_segments
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    tables_ptr,
+    out_ptr,  # [M, H · D] float32
+    table_width,
+    scale,
+    min_rows,  # sequences with fewer query rows were taken by decode_segments
+    WINDOW: tl.constexpr,
+    KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    INT8: tl.constexpr,
+    EXACT_TF32: tl.constexpr,
+):
+    """All segments of BLOCK_M / GROUP_PAD query rows of one kv head. Grid: (row tiles, KV, B), last rows first."""
+    sequence = tl.program_id(2)
+    kv_head = tl.program_id(1)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest work first
+    first_row = tl.load(query_start_ptr + sequence)
+    num_rows = tl.load(query_start_ptr + sequence + 1) - first_row
+    seq_len = tl.load(seq_lens_ptr + sequence)
+    ROWS: tl.constexpr = BLOCK_M // GROUP_PAD
+    if (num_rows < min_rows) | (tile * ROWS >= num_rows):
+        return
+    m = tl.arange(0, BLOCK_M)
+    row = tile * ROWS + m // GROUP_PAD
+    valid = (row < num_rows) & (m % GROUP_PAD < GROUP)
+    position = tl.where(valid, seq_len - num_rows + row, -1)
+    head = kv_head * GROUP + m % GROUP_PAD
+    at = ((first_row + row) * (KV * GROUP) + head).to(tl.int64)
+    q_hi, q_lo, q_scale = _queries(q_ptr, at, valid, scale, D, BLOCK_D, INT8)
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    end = seq_len - num_rows + tl.minimum(num_rows, (tile + 1) * ROWS)
+    start = 0
+    if WINDOW > 0:
+        start = tl.maximum(0, seq_len - num_rows + tile * ROWS + 1 - WINDOW) // SEGMENT * SEGMENT
+    for here in range(start, end, SEGMENT):
+        m2, l2, o2 = _segment(
+            q_hi, q_lo, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width,
+            kv_head, here, end, table_width, WINDOW, KV, D_PAD, BLOCK_D, BLOCK_M, INT8, EXACT_TF32,
+        )  # fmt: skip
+        maximum, total, out = _combine(maximum, total, out, m2, l2, o2)
+    d = tl.arange(0, BLOCK_D)
+    out = tl.div_rn(out, total[:, None] + tl.zeros_like(out))
+    tl.store(out_ptr + at[:, None] * D + d[None, :], out, mask=valid[:, None] & (d[None, :] < D))
+
+
+@triton.jit
+def _queries(q_ptr, at, valid, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr):
+    """Query heads `at` [BLOCK_M] as two limbs and qs · scale; floats: q, nothing, scale."""
+    d = tl.arange(0, BLOCK_D)
+    q = tl.load(q_ptr + at[:, None] * D + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)
+    if INT8:
+        absmax = tl.max(tl.abs(q), 1)
+        q15 = to_integers(q, inverse_scale(absmax, 32512.0)[:, None], 32512.0)
+        high = high_limb(q15)
+        return high.to(tl.int8), low_limb(q15, high).to(tl.int8), row_scale(absmax, 32512.0) * scale
+    else:
+        return q, q, tl.zeros_like(tl.max(q, 1)) + scale
+
+
+@triton.jit
+def _segment(
+    q_hi,
+    q_lo,
+    q_scale,
+    position,  # [BLOCK_M] of each row; -1: sees nothing
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    table_ptr,  # blocks of this sequence
+    kv_head,
+    start,  # first token of the segment
+    end,  # tokens from here on are visible to no row
+    table_width,
+    WINDOW: tl.constexpr,
+    KV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    INT8: tl.constexpr,
+    EXACT_TF32: tl.constexpr,
+):
+    """Maximum, sum and output of the tokens of one segment: two tiles, joined."""
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for base in range(start, tl.minimum(start + SEGMENT, end), TILE):
+        t = base + tl.arange(0, TILE)
+        d = tl.arange(0, BLOCK_D)
+        # A tile's last block may be beyond the table: nobody sees its tokens, any block may stand in.
+        block = tl.load(table_ptr + tl.minimum(t // BLOCK, table_width - 1)).to(tl.int64) * KV + kv_head  # [TILE]
+        offset = t % BLOCK
+        inside = d < D_PAD
+        k = tl.load(
+            k_ptr + (block * BLOCK + offset)[:, None] * D_PAD + d[None, :], mask=inside[None, :], other=0.0
+        )  # [TILE, BLOCK_D]
+        visible = t[None, :] <= position[:, None]
+        if WINDOW > 0:
+            visible = visible & (t[None, :] > position[:, None] - WINDOW)
+        if INT8:
+            k_scale = tl.load(k_scale_ptr + block * BLOCK + offset)
+            dots = tl.dot(q_hi, k.T, out_dtype=tl.int32) << 8
+            dots = tl.dot(q_lo, k.T, dots, out_dtype=tl.int32)
+            s = dots.to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
+        else:
+            s = tl.zeros((BLOCK_M, TILE), tl.float32)
+            s = dot_float(q_hi, k.to(tl.float32).T, s, EXACT_TF32) * q_scale[:, None]
+        s = tl.where(visible, s, float("-inf"))
+        m = tl.max(s, 1)
+        e = tl.exp(s - tl.where(m == float("-inf"), 0.0, m)[:, None])  # 0 where not visible
+        steps = tl.sum((e + 1.0).to(tl.int32, bitcast=True) - ONE_BITS, 1)
+        v = tl.load(
+            v_ptr + (block * D_PAD * BLOCK + offset)[None, :] + d[:, None] * BLOCK, mask=inside[:, None], other=0.0
+        )  # [BLOCK_D, TILE]
+        if INT8:
+            v_scale = tl.load(v_scale_ptr + block * BLOCK + offset)
+            w = tl.where(visible, e * v_scale[None, :], 0.0)
+            a = tl.max(w, 1)
+            p15 = to_integers(w, inverse_scale(a, 32512.0)[:, None], 32512.0)
+            high = high_limb(p15)
+            sums = tl.dot(high.to(tl.int8), v.T, out_dtype=tl.int32) << 8
+            sums = tl.dot(low_limb(p15, high).to(tl.int8), v.T, sums, out_dtype=tl.int32)
+            o = sums.to(tl.float32) * row_scale(a, 32512.0)[:, None]
+        else:
+            # What nobody wrote may be anything: 0 · nan would spoil the sum.
+            v = tl.where((t < end)[None, :], v, 0.0).to(tl.float32)
+            o = dot_float(e, v.T, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), EXACT_TF32)
+        maximum, total, out = _combine(maximum, total, out, m, steps.to(tl.float32) * STEP, o)
+    return maximum, total, out
+
+
+@triton.jit
+def _combine(m1, l1, o1, m2, l2, o2):
+    """Join two partials. A partial that saw nothing (m = -inf, l = 0, o = 0) leaves the other's bits as they are."""
+    m = tl.maximum(m1, m2)
+    base = tl.where(m == float("-inf"), 0.0, m)
+    f1 = tl.exp(m1 - base)
+    f2 = tl.exp(m2 - base)
+    return m, l1 * f1 + l2 * f2, o1 * f1[:, None] + o2 * f2[:, None]

@@ -1,0 +1,128 @@
+"""The int8 product as a kernel: one or two limbs of activations on the tensor cores, scales and sums in the epilogue.
+
+Integer sums are exact, so tiles are chosen for speed alone: every tile gives a row the same bits. Group scales add up
+in ascending K. Weights lie [N, K_padded] with zeros behind K, activations [limbs, M, K_padded].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def int8_gemm(
+    x_ptr,  # [LIMBS, M, K] int8
+    x_scale_ptr,  # [M] float32
+    w_ptr,  # [N, K] int8
+    w_scale_ptr,  # [GROUPS, N] float32
+    correction_ptr,  # [GROUPS, N] int32: input zero point · Σ_k (w − zw), read if HAS_INPUT_ZERO
+    zero_ptr,  # [GROUPS, N] int32: zero points of the weights, read if HAS_ZERO
+    bias_ptr,  # [N] float32, read if HAS_BIAS
+    residual_ptr,  # [M, N] float32, read if HAS_RESIDUAL
+    y_ptr,  # [M, N] float32
+    M,
+    N,
+    K,  # padded: a multiple of BLOCK_K, and of the group
+    STEPS_PER_GROUP: tl.constexpr,  # K steps of one group; 0: one group
+    LIMBS: tl.constexpr,
+    HAS_INPUT_ZERO: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile [BLOCK_M, BLOCK_N] of y. Grid: (tiles,), GROUP_M tiles of M side by side so that weights stay in L2."""
+    rows, columns = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    k = tl.arange(0, BLOCK_K)
+    # Rows and columns beyond the edge read the last one again: no masks in the loop, and nothing of them is stored.
+    x_row = tl.minimum(rows, M - 1).to(tl.int64)
+    w_row = tl.minimum(columns, N - 1).to(tl.int64)
+    hi_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
+    lo_ptrs = hi_ptrs + M.to(tl.int64) * K
+    w_ptrs = w_ptr + w_row[:, None] * K + k[None, :]
+    hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    hi_sum = tl.zeros((BLOCK_M,), tl.int32)
+    lo_sum = tl.zeros((BLOCK_M,), tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, tl.cdiv(K, BLOCK_K)):
+        w = tl.load(w_ptrs).T
+        x_hi = tl.load(hi_ptrs)
+        hi = tl.dot(x_hi, w, hi, out_dtype=tl.int32)
+        if LIMBS == 2:
+            x_lo = tl.load(lo_ptrs)
+            lo = tl.dot(x_lo, w, lo, out_dtype=tl.int32)
+            lo_ptrs += BLOCK_K
+        if HAS_ZERO:
+            hi_sum += tl.sum(x_hi.to(tl.int32), 1)
+            if LIMBS == 2:
+                lo_sum += tl.sum(x_lo.to(tl.int32), 1)
+        hi_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        if STEPS_PER_GROUP > 0 and (step + 1) % STEPS_PER_GROUP == 0:
+            at = (step // STEPS_PER_GROUP) * N + w_row
+            total += _scaled(
+                hi, lo, hi_sum, lo_sum, at, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
+            )
+            hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+            lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+            hi_sum = tl.zeros((BLOCK_M,), tl.int32)
+            lo_sum = tl.zeros((BLOCK_M,), tl.int32)
+    if STEPS_PER_GROUP == 0:
+        total = _scaled(
+            hi, lo, hi_sum, lo_sum, w_row, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
+        )
+    y = total * tl.load(x_scale_ptr + x_row)[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + w_row)[None, :]
+    out = rows[:, None].to(tl.int64) * N + columns[None, :]
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + out, mask=inside, other=0.0)
+    tl.store(y_ptr + out, y, mask=inside)
+
+
+@triton.jit
+def _tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Rows [BLOCK_M] and columns [BLOCK_N] of this program."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first = (pid // (GROUP_M * tiles_n)) * GROUP_M
+    size = tl.minimum(tiles_m - first, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    tile_m = first + inside % size
+    tile_n = inside // size
+    return tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def _scaled(
+    hi,  # [BLOCK_M, BLOCK_N] int32
+    lo,
+    hi_sum,  # [BLOCK_M] int32: sums of the activations of this group
+    lo_sum,
+    at,  # [BLOCK_N] where this group's scales lie
+    w_scale_ptr,
+    correction_ptr,
+    zero_ptr,
+    LIMBS: tl.constexpr,
+    HAS_INPUT_ZERO: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+):
+    """t · sw of one group; int32 may wrap on the way, the corrected sum fits."""
+    if HAS_ZERO:
+        zero = tl.load(zero_ptr + at)[None, :]
+        hi -= zero * hi_sum[:, None]
+        if LIMBS == 2:
+            lo -= zero * lo_sum[:, None]
+    if HAS_INPUT_ZERO:
+        hi -= tl.load(correction_ptr + at)[None, :]
+    t = hi.to(tl.float32)
+    if LIMBS == 2:
+        t = t * 256.0 + lo.to(tl.float32)
+    return t * tl.load(w_scale_ptr + at)[None, :]
