@@ -110,7 +110,9 @@ def test_ignored_patterns_stay_float(tmp_path: Path) -> None:
         load_harness(tmp_path)
 
 
-@pytest.mark.parametrize("spelling", ["{m}.{x}_scale", "{m}.{x}_proj.output_scale", "{m}.{x}_proj.{x}_scale", "{m}.{x}_cache.scale"])
+@pytest.mark.parametrize(
+    "spelling", ["{m}.{x}_scale", "{m}.{x}_proj.output_scale", "{m}.{x}_proj.{x}_scale", "{m}.{x}_cache.scale"]
+)
 @pytest.mark.parametrize("shape", [(1,), (2, 1, 1)])
 def test_static_cache_scales_are_found(tmp_path: Path, spelling: str, shape: tuple[int, ...]) -> None:
     dequantised = write_compressed(tmp_path, Variant())

@@ -331,7 +331,8 @@ def test_what_is_not_served_is_refused_by_name(server: Server, field: str, value
 )
 def test_a_refusal_names_the_field_as_openai_calls_it(server: Server, fields: dict[str, Any], param: str, words: str) -> None:
     error = openai_error(post(server, {"model": "m", "messages": MESSAGES, **fields}), 400)
-    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].split("[")[0] == param
     assert words in error["message"]
 
 

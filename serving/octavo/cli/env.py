@@ -9,7 +9,7 @@ from octavo.settings import VARIABLES, Settings, SettingsError, Variable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--markdown", action="store_true", help="the table that docs/configuration.md holds")
+    parser.add_argument("--markdown", action="store_true", help="as the table that README.md holds")
     parser.add_argument("--check", action="store_true", help="only check the values that are set now")
 
 

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from octavo.engine.kv_cache import available_memory, cache_specs, count_blocks, longest_sequence
+from octavo.engine.kv_cache import available_memory, cache_specs, count_blocks
 from octavo.kernels.interface import BLOCK, FLOAT, ActivationFormat, Kernels
 from octavo.kernels.reference.cache import block_bytes
 from octavo.models.config import ModelConfig, load_config
@@ -158,8 +158,7 @@ def _lines(found: Inspection) -> list[str]:
     report, fit, config = found.report, found.fit, found.config
     lines = [report.table(), "", f"{config.architecture}, context {config.context_length}; {report.summary()}"]
     total = report.num_bytes + fit.cache_tokens * fit.cache_bytes_per_token
-    lines.append(
-        f"memory: weights {report.num_bytes / MIB:.1f} MiB, cache {fit.cache_bytes_per_token} bytes a token; "
-        f"{fit.available_bytes / MIB:.0f} MiB free here: {fit.cache_tokens} tokens of cache, {total / MIB:.1f} MiB in all"
-    )
+    lines.append(f"memory: weights {report.num_bytes / MIB:.1f} MiB, cache {fit.cache_bytes_per_token} bytes a token")
+    lines.append(f"here: {fit.available_bytes / MIB:.0f} MiB free; {fit.cache_tokens} tokens of cache fit")
+    lines.append(f"in all: {total / MIB:.1f} MiB")
     return [*lines, f"does not fit: {fit.problem}"] if fit.problem else lines

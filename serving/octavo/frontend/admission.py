@@ -100,7 +100,8 @@ class Registry:
         waiting = self._num_waiting()
         overflow = len(self._by_seq_id) + num_sequences - self._batch_size
         after = max(overflow, waiting + num_sequences if waiting else 0)
-        if after > max(self._max_waiting, 0) and not request.resume_inside and older is None:  # who supersedes takes no new place
+        exempt = request.resume_inside or older is not None  # who supersedes takes no new place
+        if after > max(self._max_waiting, 0) and not exempt:
             raise QueueFull(f"{waiting} requests are waiting (MAX_CACHED_TASK_NUM {self._max_waiting})")
 
     def _check_phase(self) -> None:

@@ -121,8 +121,8 @@ def dialects_of(body: dict[str, object]) -> tuple[str, str]:
     wanted = body.get("response_type")
     if wanted is not None:
         if wanted == "openai":
-            native_input = body.get("prompt") is None or any(body.get(name) is not None for name in ("text", "input_ids"))
-            return (NATIVE if native_words and native_input else OPENAI), OPENAI
+            text = body.get("prompt") is not None and body.get("text") is None and body.get("input_ids") is None
+            return (NATIVE if native_words and not text else OPENAI), OPENAI
         if wanted == "fastdeploy":
             return NATIVE, NATIVE
         raise InvalidRequest("response_type must be fastdeploy or openai", field="response_type")

@@ -207,7 +207,8 @@ FIELDS: tuple[Field, ...] = (
     Field("attempt", kinds.whole(0, 1 << 30), "0", "Resume: a higher one supersedes the same req_id", internal=True),
     Field("owner", kinds.string(0, 64), "-", "Names this very request to its own abort, whoever has its req_id",
           internal=True),
-    Field("key", kinds.string(0, 64), "-", "Names the API key: only the same one may supersede or abort", internal=True),
+    Field("key", kinds.string(0, 64), "-", "Names the API key: only the same one may supersede or abort",
+          internal=True),
     Field("resume_inside", kinds.flag(), "false", "Resume inside the server: skips the queue limit", internal=True),
 )
 

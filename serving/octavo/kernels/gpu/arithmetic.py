@@ -44,15 +44,21 @@ def to_integers(x, inverse, RANGE: tl.constexpr):
 
 
 @triton.jit
-def high_limb(q):
-    """hi of q = 256 · hi + lo, |q| ≤ 32512."""
-    return (q + 128) >> 8
+def integer_bits(x):
+    """Bits whose low 16 hold rint(x) in two's complement, |x| ≤ 32767: the sum's fraction, no conversion needed."""
+    return (x + ROUNDER).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def low_limb(q, high):
-    """lo of q = 256 · hi + lo, in [-128, 127]."""
-    return q - (high << 8)
+def high_limb(q):
+    """hi of q = 256 · hi + lo as int8, of an integer |q| ≤ 32512 or of its `integer_bits`."""
+    return ((q + 128) >> 8).to(tl.int8)
+
+
+@triton.jit
+def low_limb(q):
+    """lo of q = 256 · hi + lo as int8: the low byte, of an integer or of its `integer_bits`."""
+    return q.to(tl.int8)
 
 
 @triton.jit

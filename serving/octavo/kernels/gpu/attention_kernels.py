@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.gpu.arithmetic import (
+    LARGEST,
+    LOG2E,
     dot_float,
     high_limb,
+    integer_bits,
     inverse_scale,
     low_limb,
     row_scale,
-    to_integers,
 )
 
 TILE = tl.constexpr(128)
@@ -48,7 +50,7 @@ def decode_segments(
     D: tl.constexpr,
     D_PAD: tl.constexpr,  # as stored
     BLOCK_D: tl.constexpr,  # a power of two
-    BLOCK_M: tl.constexpr,  # query rows times GROUP_PAD
+    ROWS: tl.constexpr,  # query rows times GROUP_PAD
     INT8: tl.constexpr,
     EXACT_TF32: tl.constexpr,
 ):
@@ -61,21 +63,21 @@ def decode_segments(
     num_rows = tl.load(query_start_ptr + sequence + 1) - first_row
     seq_len = tl.load(seq_lens_ptr + sequence)
     start = segment * SEGMENT
-    if (num_rows * GROUP_PAD > BLOCK_M) | (num_rows == 0) | (start >= seq_len):
+    if (num_rows * GROUP_PAD > ROWS) | (num_rows == 0) | (start >= seq_len):
         return
     if WINDOW > 0:  # the first row's window ends before this segment: so do all
         if start + SEGMENT <= seq_len - num_rows + 1 - WINDOW:
             return
-    m = tl.arange(0, BLOCK_M)
+    m = tl.arange(0, ROWS)
     row = m // GROUP_PAD
     valid = (row < num_rows) & (m % GROUP_PAD < GROUP)
     position = tl.where(valid, seq_len - num_rows + row, -1)
     head = kv_head * GROUP + m % GROUP_PAD
-    at = ((first_row + row) * (KV * GROUP) + head).to(tl.int64)  # [BLOCK_M]
-    q_hi, q_lo, q_scale = _queries(q_ptr, at, valid, scale, D, BLOCK_D, INT8)
+    at = ((first_row + row) * (KV * GROUP) + head).to(tl.int64)  # [ROWS]
+    q, q_scale = _queries(q_ptr, at, valid, scale, D, BLOCK_D, INT8)
     maximum, total, out = _segment(
-        q_hi, q_lo, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width,
-        kv_head, start, seq_len, table_width, WINDOW, KV, D_PAD, BLOCK_D, BLOCK_M, INT8, EXACT_TF32,
+        q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
+        start, seq_len, table_width, True, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     place = at * num_segments + segment
@@ -151,38 +153,48 @@ def prompt_rows(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     INT8: tl.constexpr,
     EXACT_TF32: tl.constexpr,
 ):
-    """All segments of BLOCK_M / GROUP_PAD query rows of one kv head. Grid: (row tiles, KV, B), last rows first."""
+    """All segments of ROWS / GROUP_PAD query rows of one kv head. Grid: (row tiles, KV, B), last rows first."""
     sequence = tl.program_id(2)
     kv_head = tl.program_id(1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest work first
     first_row = tl.load(query_start_ptr + sequence)
     num_rows = tl.load(query_start_ptr + sequence + 1) - first_row
     seq_len = tl.load(seq_lens_ptr + sequence)
-    ROWS: tl.constexpr = BLOCK_M // GROUP_PAD
-    if (num_rows < min_rows) | (tile * ROWS >= num_rows):
+    QUERIES: tl.constexpr = ROWS // GROUP_PAD
+    if (num_rows < min_rows) | (tile * QUERIES >= num_rows):
         return
-    m = tl.arange(0, BLOCK_M)
-    row = tile * ROWS + m // GROUP_PAD
+    m = tl.arange(0, ROWS)
+    row = tile * QUERIES + m // GROUP_PAD
     valid = (row < num_rows) & (m % GROUP_PAD < GROUP)
     position = tl.where(valid, seq_len - num_rows + row, -1)
     head = kv_head * GROUP + m % GROUP_PAD
     at = ((first_row + row) * (KV * GROUP) + head).to(tl.int64)
-    q_hi, q_lo, q_scale = _queries(q_ptr, at, valid, scale, D, BLOCK_D, INT8)
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    end = seq_len - num_rows + tl.minimum(num_rows, (tile + 1) * ROWS)
+    q, q_scale = _queries(q_ptr, at, valid, scale, D, BLOCK_D, INT8)
+    maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    end = seq_len - num_rows + tl.minimum(num_rows, (tile + 1) * QUERIES)
     start = 0
     if WINDOW > 0:
-        start = tl.maximum(0, seq_len - num_rows + tile * ROWS + 1 - WINDOW) // SEGMENT * SEGMENT
-    for here in range(start, end, SEGMENT):
+        start = tl.maximum(0, seq_len - num_rows + tile * QUERIES + 1 - WINDOW) // SEGMENT * SEGMENT
+    if WINDOW > 0:
+        full = start
+    else:  # the first row, and with it all, sees everything before here
+        full = (seq_len - num_rows + tile * QUERIES + 1) // SEGMENT * SEGMENT
+    for here in range(start, full, SEGMENT):
         m2, l2, o2 = _segment(
-            q_hi, q_lo, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width,
-            kv_head, here, end, table_width, WINDOW, KV, D_PAD, BLOCK_D, BLOCK_M, INT8, EXACT_TF32,
+            q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
+            here, here + SEGMENT, table_width, False, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
+        )  # fmt: skip
+        maximum, total, out = _combine(maximum, total, out, m2, l2, o2)
+    for here in range(full, end, SEGMENT):
+        m2, l2, o2 = _segment(
+            q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
+            here, end, table_width, True, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
         )  # fmt: skip
         maximum, total, out = _combine(maximum, total, out, m2, l2, o2)
     d = tl.arange(0, BLOCK_D)
@@ -192,24 +204,41 @@ def prompt_rows(
 
 @triton.jit
 def _queries(q_ptr, at, valid, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr):
-    """Query heads `at` [BLOCK_M] as two limbs and qs · scale; floats: q, nothing, scale."""
+    """Query heads `at` [ROWS] as limbs int8 [2 · ROWS, BLOCK_D], hi above lo, and qs · scale · log2(e).
+
+    For a float cache: q itself and scale · log2(e).
+    """
     d = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + at[:, None] * D + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)
     if INT8:
         absmax = tl.max(tl.abs(q), 1)
-        q15 = to_integers(q, inverse_scale(absmax, 32512.0)[:, None], 32512.0)
-        high = high_limb(q15)
-        return high.to(tl.int8), low_limb(q15, high).to(tl.int8), row_scale(absmax, 32512.0) * scale
+        bits = integer_bits(q * inverse_scale(absmax, 32512.0)[:, None])
+        return _stack(high_limb(bits), low_limb(bits)), (row_scale(absmax, 32512.0) * scale) * LOG2E
     else:
-        return q, q, tl.zeros_like(tl.max(q, 1)) + scale
+        return q, tl.zeros_like(tl.max(q, 1)) + scale * LOG2E
+
+
+@triton.jit
+def _stack(high, low):
+    """Two limbs [ROWS, N] as rows of one product [2 · ROWS, N]: what multiplies them is read once."""
+    ROWS: tl.constexpr = high.shape[0]
+    N: tl.constexpr = high.shape[1]
+    return tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * ROWS, N))
+
+
+@triton.jit
+def _unstack(sums, ROWS: tl.constexpr):
+    """256 · hi + lo of the sums [2 · ROWS, N] of a stacked product, float32 [ROWS, N]. Below 2^31: see the interface."""
+    N: tl.constexpr = sums.shape[1]
+    high, low = tl.split(tl.permute(tl.reshape(sums, (2, ROWS, N)), (1, 2, 0)))
+    return ((high << 8) + low).to(tl.float32)
 
 
 @triton.jit
 def _segment(
-    q_hi,
-    q_lo,
+    q,  # as _queries gives them
     q_scale,
-    position,  # [BLOCK_M] of each row; -1: sees nothing
+    position,  # [ROWS] of each row; -1: sees nothing
     k_ptr,
     v_ptr,
     k_scale_ptr,
@@ -219,68 +248,76 @@ def _segment(
     start,  # first token of the segment
     end,  # tokens from here on are visible to no row
     table_width,
+    MASKED: tl.constexpr,  # False: all rows see all tokens of the segment
     WINDOW: tl.constexpr,
     KV: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     INT8: tl.constexpr,
     EXACT_TF32: tl.constexpr,
 ):
-    """Maximum, sum and output of the tokens of one segment: two tiles, joined."""
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    """Maximum (of s · log2(e)), sum and output of the tokens of one segment: two tiles, joined."""
+    maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for base in range(start, tl.minimum(start + SEGMENT, end), TILE):
         t = base + tl.arange(0, TILE)
         d = tl.arange(0, BLOCK_D)
         # A tile's last block may be beyond the table: nobody sees its tokens, any block may stand in.
-        block = tl.load(table_ptr + tl.minimum(t // BLOCK, table_width - 1)).to(tl.int64) * KV + kv_head  # [TILE]
-        offset = t % BLOCK
-        inside = d < D_PAD
-        k = tl.load(
-            k_ptr + (block * BLOCK + offset)[:, None] * D_PAD + d[None, :], mask=inside[None, :], other=0.0
-        )  # [TILE, BLOCK_D]
+        entry = tl.minimum(base // BLOCK + tl.arange(0, TILE) // BLOCK, table_width - 1)
+        block = tl.max_constancy(tl.load(table_ptr + entry).to(tl.int64) * KV + kv_head, [BLOCK])  # [TILE]
+        offset = tl.arange(0, TILE) % BLOCK
+        k_at = k_ptr + (block * BLOCK + offset)[:, None] * D_PAD + d[None, :]  # [TILE, BLOCK_D]
+        v_at = v_ptr + (block * D_PAD * BLOCK + offset)[None, :] + d[:, None] * BLOCK  # [BLOCK_D, TILE]
+        if D_PAD == BLOCK_D:
+            k = tl.load(k_at)
+            v = tl.load(v_at)
+        else:
+            k = tl.load(k_at, mask=(d < D_PAD)[None, :], other=0.0)
+            v = tl.load(v_at, mask=(d < D_PAD)[:, None], other=0.0)
         visible = t[None, :] <= position[:, None]
         if WINDOW > 0:
             visible = visible & (t[None, :] > position[:, None] - WINDOW)
         if INT8:
             k_scale = tl.load(k_scale_ptr + block * BLOCK + offset)
-            dots = tl.dot(q_hi, k.T, out_dtype=tl.int32) << 8
-            dots = tl.dot(q_lo, k.T, dots, out_dtype=tl.int32)
-            s = dots.to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
+            s = _unstack(tl.dot(q, k.T, out_dtype=tl.int32), ROWS) * (q_scale[:, None] * k_scale[None, :])
         else:
-            s = tl.zeros((BLOCK_M, TILE), tl.float32)
-            s = dot_float(q_hi, k.to(tl.float32).T, s, EXACT_TF32) * q_scale[:, None]
-        s = tl.where(visible, s, float("-inf"))
+            s = dot_float(q, k.to(tl.float32).T, tl.zeros((ROWS, TILE), tl.float32), EXACT_TF32) * q_scale[:, None]
+        if MASKED:
+            s = tl.where(visible, s, float("-inf"))
         m = tl.max(s, 1)
-        e = tl.exp(s - tl.where(m == float("-inf"), 0.0, m)[:, None])  # 0 where not visible
+        e = tl.exp2(s - _finite(m)[:, None])  # 0 where not visible
+        # 1 + e is 1 and a whole number of steps: their sum is exact in any order.
         steps = tl.sum((e + 1.0).to(tl.int32, bitcast=True) - ONE_BITS, 1)
-        v = tl.load(
-            v_ptr + (block * D_PAD * BLOCK + offset)[None, :] + d[:, None] * BLOCK, mask=inside[:, None], other=0.0
-        )  # [BLOCK_D, TILE]
         if INT8:
             v_scale = tl.load(v_scale_ptr + block * BLOCK + offset)
-            w = tl.where(visible, e * v_scale[None, :], 0.0)
+            w = e * v_scale[None, :]
+            if MASKED:
+                w = tl.where(visible, w, 0.0)
             a = tl.max(w, 1)
-            p15 = to_integers(w, inverse_scale(a, 32512.0)[:, None], 32512.0)
-            high = high_limb(p15)
-            sums = tl.dot(high.to(tl.int8), v.T, out_dtype=tl.int32) << 8
-            sums = tl.dot(low_limb(p15, high).to(tl.int8), v.T, sums, out_dtype=tl.int32)
-            o = sums.to(tl.float32) * row_scale(a, 32512.0)[:, None]
+            inverse = tl.where(a > 0.0, tl.minimum(32512.0 / tl.where(a > 0.0, a, 1.0), LARGEST), 0.0)
+            bits = integer_bits(w * inverse[:, None])
+            p = _stack(high_limb(bits), low_limb(bits))
+            o = _unstack(tl.dot(p, v.T, out_dtype=tl.int32), ROWS) * (a * (1.0 / 32512.0))[:, None]
         else:
-            # What nobody wrote may be anything: 0 · nan would spoil the sum.
-            v = tl.where((t < end)[None, :], v, 0.0).to(tl.float32)
-            o = dot_float(e, v.T, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), EXACT_TF32)
+            if MASKED:  # what nobody wrote may be anything, and 0 · nan would spoil the sum
+                v = tl.where((t < end)[None, :], v, 0.0)
+            o = dot_float(e, v.to(tl.float32).T, tl.zeros((ROWS, BLOCK_D), tl.float32), EXACT_TF32)
         maximum, total, out = _combine(maximum, total, out, m, steps.to(tl.float32) * STEP, o)
     return maximum, total, out
+
+
+@triton.jit
+def _finite(m):
+    """m, or 0 for a row that saw nothing."""
+    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def _combine(m1, l1, o1, m2, l2, o2):
     """Join two partials. A partial that saw nothing (m = -inf, l = 0, o = 0) leaves the other's bits as they are."""
     m = tl.maximum(m1, m2)
-    base = tl.where(m == float("-inf"), 0.0, m)
-    f1 = tl.exp(m1 - base)
-    f2 = tl.exp(m2 - base)
+    f1 = tl.exp2(m1 - _finite(m))
+    f2 = tl.exp2(m2 - _finite(m))
     return m, l1 * f1 + l2 * f2, o1 * f1[:, None] + o2 * f2[:, None]
