@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -237,14 +238,43 @@ def write_absmax(folder: Path, *, store_int8: bool, fused: bool = False, per_hea
         weights, inputs = _fuse(weights), _fuse(inputs)
     (folder / "act_scales.json").write_text(json.dumps(inputs))
     (folder / "weight_scales.json").write_text(json.dumps(weights))
-    maximum = 6.0
-    cache = {
-        f"llama.layers.{layer}.self_attn.cache{x}_matmul.activation_quanter": [maximum] * 4 if per_head else maximum
-        for layer in range(2)
-        for x in "kv"
-    }
+    cache = _cache_maxima(dequantised, per_head=per_head)
     (folder / "cachekv_scales.json").write_text(json.dumps(cache))
     return dequantised
+
+
+def _cache_maxima(model: Any, *, per_head: bool) -> dict[str, Any]:
+    """Of keys and values over some random text, repeated for the query heads as that tool's attention does."""
+    tokens = torch.randint(3, VOCAB, (4, 200), generator=torch.Generator().manual_seed(78))
+    with torch.inference_mode():
+        layers = model(tokens, use_cache=True).past_key_values.layers
+    found: dict[str, Any] = {}
+    for index, layer in enumerate(layers):
+        for x, values in (("k", layer.keys), ("v", layer.values)):  # [B, num_kv_heads, T, head_dim]
+            maxima = values.abs().amax((0, 2, 3)).repeat_interleave(2)  # [num_heads]
+            name = f"llama.layers.{index}.self_attn.cache{x}_matmul.activation_quanter"
+            found[name] = maxima.tolist() if per_head else float(maxima.max())
+    return found
+
+
+class RoundedCache(transformers.DynamicCache):
+    """A cache that rounds keys and values to 8 bits with static scales, per layer (k, v): [1] or [num_kv_heads]."""
+
+    def __init__(self, scales: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._scales = scales
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        k, v = (scale.reshape(1, -1, 1, 1) for scale in self._scales[layer_idx])
+        rounded = [(x / scale).round().clamp(-128, 127) * scale for x, scale in ((keys, k), (values, v))]
+        return super().update(*rounded, layer_idx, *rest, **named)
+
+
+def logits_with_rounded_cache(model: Any, token_ids: list[int], scales: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[T, V] by transformers."""
+    with torch.inference_mode():
+        cache = RoundedCache(scales)
+        return model(torch.tensor([token_ids]), past_key_values=cache, use_cache=True).logits[0].float()
 
 
 def _fuse(values: dict[str, Any]) -> dict[str, Any]:

@@ -68,13 +68,10 @@ def decode_segments(
     if WINDOW > 0:  # the first row's window ends before this segment: so do all
         if start + SEGMENT <= seq_len - num_rows + 1 - WINDOW:
             return
-    m = tl.arange(0, ROWS)
-    row = m // GROUP_PAD
-    valid = (row < num_rows) & (m % GROUP_PAD < GROUP)
-    position = tl.where(valid, seq_len - num_rows + row, -1)
-    head = kv_head * GROUP + m % GROUP_PAD
-    at = ((first_row + row) * (KV * GROUP) + head).to(tl.int64)  # [ROWS]
-    q, q_scale = _queries(q_ptr, at, valid, scale, D, BLOCK_D, INT8)
+    LIMBS: tl.constexpr = 2 if INT8 else 1
+    position, at, valid = _rows(0, first_row, num_rows, seq_len, kv_head, KV, GROUP, GROUP_PAD, ROWS, 1)
+    _, twice_at, twice_valid = _rows(0, first_row, num_rows, seq_len, kv_head, KV, GROUP, GROUP_PAD, ROWS, LIMBS)
+    q, q_scale = _queries(q_ptr, twice_at, twice_valid, scale, D, BLOCK_D, ROWS, INT8)
     maximum, total, out = _segment(
         q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
         start, seq_len, table_width, True, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
@@ -167,13 +164,11 @@ def prompt_rows(
     QUERIES: tl.constexpr = ROWS // GROUP_PAD
     if (num_rows < min_rows) | (tile * QUERIES >= num_rows):
         return
-    m = tl.arange(0, ROWS)
-    row = tile * QUERIES + m // GROUP_PAD
-    valid = (row < num_rows) & (m % GROUP_PAD < GROUP)
-    position = tl.where(valid, seq_len - num_rows + row, -1)
-    head = kv_head * GROUP + m % GROUP_PAD
-    at = ((first_row + row) * (KV * GROUP) + head).to(tl.int64)
-    q, q_scale = _queries(q_ptr, at, valid, scale, D, BLOCK_D, INT8)
+    LIMBS: tl.constexpr = 2 if INT8 else 1
+    first = tile * QUERIES
+    position, at, valid = _rows(first, first_row, num_rows, seq_len, kv_head, KV, GROUP, GROUP_PAD, ROWS, 1)
+    _, twice_at, twice_valid = _rows(first, first_row, num_rows, seq_len, kv_head, KV, GROUP, GROUP_PAD, ROWS, LIMBS)
+    q, q_scale = _queries(q_ptr, twice_at, twice_valid, scale, D, BLOCK_D, ROWS, INT8)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -203,27 +198,44 @@ def prompt_rows(
 
 
 @triton.jit
-def _queries(q_ptr, at, valid, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr):
-    """Query heads `at` [ROWS] as limbs int8 [2 · ROWS, BLOCK_D], hi above lo, and qs · scale · log2(e).
+def _rows(
+    first,
+    first_row,
+    num_rows,
+    seq_len,
+    kv_head,
+    KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TIMES: tl.constexpr,
+):
+    """Position (-1: none), place among all rows' heads, and existence of ROWS heads from query `first`, TIMES over."""
+    m = tl.arange(0, TIMES * ROWS) % ROWS
+    row = first + m // GROUP_PAD
+    valid = (row < num_rows) & (m % GROUP_PAD < GROUP)
+    head = kv_head * GROUP + m % GROUP_PAD
+    at = ((first_row + row) * (KV * GROUP) + head).to(tl.int64)
+    return tl.where(valid, seq_len - num_rows + row, -1), at, valid
 
-    For a float cache: q itself and scale · log2(e).
+
+@triton.jit
+def _queries(q_ptr, at, valid, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr):
+    """Query heads as limbs int8 [2 · ROWS, BLOCK_D], all hi above all lo, and qs · scale · log2(e) [ROWS].
+
+    `at` and `valid` are [2 · ROWS], the rows twice: what multiplies the limbs is read once. For a float cache they are
+    [ROWS], and the result is q itself and scale · log2(e).
     """
     d = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + at[:, None] * D + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)
     if INT8:
         absmax = tl.max(tl.abs(q), 1)
         bits = integer_bits(q * inverse_scale(absmax, 32512.0)[:, None])
-        return _stack(high_limb(bits), low_limb(bits)), (row_scale(absmax, 32512.0) * scale) * LOG2E
+        limb = tl.where((tl.arange(0, 2 * ROWS) < ROWS)[:, None], high_limb(bits), low_limb(bits))
+        absmax = tl.max(tl.reshape(absmax, (2, ROWS)), 0)
+        return limb, (row_scale(absmax, 32512.0) * scale) * LOG2E
     else:
-        return q, tl.zeros_like(tl.max(q, 1)) + scale * LOG2E
-
-
-@triton.jit
-def _stack(high, low):
-    """Two limbs [ROWS, N] as rows of one product [2 · ROWS, N]: what multiplies them is read once."""
-    ROWS: tl.constexpr = high.shape[0]
-    N: tl.constexpr = high.shape[1]
-    return tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * ROWS, N))
+        return q, tl.zeros((ROWS,), tl.float32) + scale * LOG2E
 
 
 @triton.jit
@@ -298,8 +310,9 @@ def _segment(
             a = tl.max(w, 1)
             inverse = tl.where(a > 0.0, tl.minimum(32512.0 / tl.where(a > 0.0, a, 1.0), LARGEST), 0.0)
             bits = integer_bits(w * inverse[:, None])
-            p = _stack(high_limb(bits), low_limb(bits))
-            o = _unstack(tl.dot(p, v.T, out_dtype=tl.int32), ROWS) * (a * (1.0 / 32512.0))[:, None]
+            sums = tl.dot(high_limb(bits), v.T, out_dtype=tl.int32) << 8
+            sums = tl.dot(low_limb(bits), v.T, sums, out_dtype=tl.int32)
+            o = sums.to(tl.float32) * (a * (1.0 / 32512.0))[:, None]
         else:
             if MASKED:  # what nobody wrote may be anything, and 0 · nan would spoil the sum
                 v = tl.where((t < end)[None, :], v, 0.0)

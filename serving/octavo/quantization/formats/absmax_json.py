@@ -6,7 +6,6 @@ layout: int8 as they are, floats rounded with the given maxima. Activations and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from octavo.quantization.errors import CheckpointError
 from octavo.quantization.files import inside, read_json
-from octavo.quantization.formats.cache_scales import cache_scheme
+from octavo.quantization.formats.cache_scales import MAXIMA, cache_scheme
 from octavo.quantization.formats.reader import (
     FLOAT_DTYPES,
     AttentionShape,
@@ -26,12 +25,12 @@ from octavo.quantization.formats.reader import (
     int8_tensor,
     quantized_tensor,
     scale_tensor,
+    without_trunk,
 )
 from octavo.quantization.formats.source import TensorSource
 from octavo.quantization.scheme import A16, ActivationScheme, CacheScheme, LinearWeights, QuantizedTensor
 
 ACTIVATIONS, WEIGHTS, CACHE = "act_scales", "weight_scales", "cachekv_scales"
-LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_fused_proj"
 )
@@ -54,7 +53,7 @@ class AbsmaxReader:
             _add_file(inputs.source, stem)
 
     def linear(self, name: str, *, shape: tuple[int, int], bias: bool, keep_float: bool = False) -> LinearWeights:
-        key = _normal(name)
+        key = without_trunk(name)
         scale = self._weight_scale(key, rows=shape[0])
         if scale is None:
             return float_linear(self._inputs, name, shape=shape, bias=bias)
@@ -64,8 +63,8 @@ class AbsmaxReader:
         return LinearWeights(weight, activation, bias_values, loss=loss, note=NO_INPUT if activation == A16 else "")
 
     def cache(self, attention: str, *, heads: AttentionShape) -> CacheScheme:
-        key = _normal(attention)
-        scales = [self._cache_scale(f"{CACHE}.json:{key}.cache{x}_matmul.activation_quanter", heads) for x in "kv"]
+        key = without_trunk(attention)
+        scales = [self._cache_scale(MAXIMA[0].format(t=key, x=x), heads) for x in "kv"]
         if scales[0] is None and scales[1] is None:
             return CacheScheme()
         if scales[0] is None or scales[1] is None:
@@ -142,7 +141,7 @@ def _add_file(source: TensorSource, stem: str) -> None:
 def _tensors(raw: Mapping[str, object], file_name: str, *, prefix: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, value in raw.items():
-        name = prefix + _normal(key)
+        name = prefix + without_trunk(key)
         if name in found:
             raise CheckpointError(f"{file_name}: {key} is there twice")
         found[name] = torch.tensor(_numbers(value, f"{file_name}: {key}"), dtype=torch.float32)
@@ -160,12 +159,6 @@ def _numbers(value: object, where: str) -> list[float]:
         return [float(item) for item in values]
     except OverflowError:
         raise CheckpointError(f"{where}: a number is too large") from None
-
-
-def _normal(name: str) -> str:
-    """The part of a name that does not depend on how a model calls its trunk: `layers.0.self_attn.q_proj`."""
-    found = LAYER.fullmatch(name)
-    return name if found is None else f"layers.{found[1]}.{found[2]}"
 
 
 def _own_rows(scale: Tensor, last: str, *, rows: int) -> Tensor:

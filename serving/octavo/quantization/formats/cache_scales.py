@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-
 from torch import Tensor
 
 from octavo.quantization.errors import CheckpointError
-from octavo.quantization.formats.reader import AttentionShape, scale_tensor
+from octavo.quantization.formats.reader import AttentionShape, scale_tensor, without_trunk
 from octavo.quantization.formats.source import TensorSource
 from octavo.quantization.scheme import CacheScheme
 
-LOG = logging.getLogger(__name__)
 # {m} is the attention module, {x} is k or v; newest spelling first
 SPELLINGS = (
     "{m}.{x}_scale",
@@ -20,13 +17,19 @@ SPELLINGS = (
     "{m}.{x}_proj.{x}_scale",
     "{m}.kv_scale",  # one for both
 )
+# {t} is the attention module without its model's name for the trunk; maxima, not scales: only their reader uses them
+MAXIMA = (
+    "cachekv_scales.json:{t}.cache{x}_matmul.activation_quanter",
+    "cachekv_scales.json:{t}.cache{x}_matmul.activation_quanter.zero_point",
+)
 PER_CHANNEL = "static scales per channel are not used: the cache takes one from each token and head"
 
 
 def cache_scale_names(attention: str) -> list[str]:
     """Every name under which a scale of this attention module may be stored."""
-    names = [spelling.format(m=attention, x=x) for spelling in SPELLINGS for x in ("k", "v")]
-    return list(dict.fromkeys(names))
+    trunkless = without_trunk(attention)
+    spellings = (*SPELLINGS, *MAXIMA)
+    return list(dict.fromkeys(text.format(m=attention, t=trunkless, x=x) for text in spellings for x in ("k", "v")))
 
 
 def read_cache_scales(source: TensorSource, attention: str, *, heads: AttentionShape, required: bool) -> CacheScheme:

@@ -22,6 +22,7 @@ from octavo.quantization.scheme import (
     quantize_rows,
 )
 
+LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it 1 / scale is infinite
 
@@ -175,6 +176,12 @@ def module_matches(target: str, name: str) -> bool:
     if target.startswith("re:"):
         return pattern_matches(target, name)
     return target == name or name.startswith(f"{target}.") or name.endswith(f".{target}")
+
+
+def without_trunk(name: str) -> str:
+    """The part of a name that does not depend on how a model calls its trunk: `layers.0.self_attn.q_proj`."""
+    found = LAYER.fullmatch(name)
+    return name if found is None else f"layers.{found[1]}.{found[2]}"
 
 
 def type_name(tensor: Tensor) -> str:
