@@ -237,3 +237,11 @@ def test_an_engine_error_is_an_error_message(house: House) -> None:
     assert error["error_code"] == 500
     house.engines[0].faults.submit_error = None
     check_stream(house.ask(text="hi", req_id="a", max_dec_len=2))
+
+
+def test_an_openai_request_may_end_with_its_first_token_and_a_native_one_may_not(house: House) -> None:
+    house.ready()
+    house.ask(text="hi", req_id="a", max_dec_len=4)
+    house.ask(text="hi", req_id="b", max_dec_len=4, dialect="openai")
+    house.ask(text="hi", req_id="c", max_dec_len=4, dialect="openai", min_dec_len=1)
+    assert [one.params.min_tokens for one in house.engines[0].submitted] == [1, 0, 1]

@@ -213,7 +213,7 @@ def test_every_field_reaches_the_model_under_its_native_name(client: openai.Clie
     assert sent == {
         "dialect": "openai", "max_dec_len": 9, "topp": 0.5, "frequency_score": 1, "presence_score": -1,
         "logit_bias": {"5": -100},
-        "stop": ["a", "b"], "top_k": 4, "min_p": 0.1, "penalty_score": 1.2, "ignore_eos": True, "min_dec_len": 1,
+        "stop": ["a", "b"], "top_k": 4, "min_p": 0.1, "penalty_score": 1.2, "ignore_eos": True,
         "eos_token_ids": [3], "priority": -5, "chat_template_kwargs": {"thinking": False},
     }  # fmt: skip
 

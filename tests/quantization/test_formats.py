@@ -62,13 +62,14 @@ def _assert_a8(errors: Tensor) -> None:
 
 
 def _assert_static_cache(folder: Path, model: Any) -> None:
-    """The same as a float attention over keys and values rounded with the stored scales."""
+    """The same as a float attention over keys and values rounded with the stored scales: exact for the first token,
+    later ones see the rounding of earlier ones turn ties.
+    """
     harness = load_harness(folder)
     scales = [(scheme.k_scale, scheme.v_scale) for scheme in harness.model.cache_schemes]
     want = logits_with_rounded_cache(model, PROMPT, scales)  # type: ignore[arg-type]
     errors = (harness.prefill(PROMPT, chunk=len(PROMPT)) - want).abs().amax(dim=1) / want.abs().max()
-    print(errors.median(), errors.max())
-    assert float(errors.median()) <= A16_BOUND
+    assert float(errors[0]) <= EXACT_BOUND
     assert float(errors.max()) <= TIE_BOUND
 
 

@@ -20,6 +20,7 @@ from server.contract_calls import (
     STORY,
     ask,
     check_native_stream,
+    events,
     joined,
     native_error,
     openai_error,
@@ -165,7 +166,7 @@ def test_a_full_queue_refuses_at_once(tight: Server) -> None:
         for extra in ({}, {"stream": True}):
             start = time.monotonic()
             answer = post(tight, {"text": "x", **extra})
-            assert "MAX_CACHED_TASK_NUM (1)" in native_error(answer, 429)
+            assert "MAX_CACHED_TASK_NUM" in native_error(answer, 429)
             assert int(answer.headers["retry-after"]) > 0
             assert time.monotonic() - start < 1
             openai = post(tight, {"model": "m", "messages": MESSAGES, **extra})
@@ -329,8 +330,6 @@ def test_without_streaming_only_the_last_message_is_sent(whole_only: Server) -> 
 
 
 def test_without_streaming_openai_streams_still_have_their_shape(whole_only: Server) -> None:
-    from server.contract_calls import events
-
     chunks = events(whole_only, messages=MESSAGES, temperature=0, max_tokens=9)
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"

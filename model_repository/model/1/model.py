@@ -29,32 +29,45 @@ from octavo.settings import Settings
 class ResponseSink:
     """Sends to one gRPC stream through Triton's response sender.
 
-    The sender is let go with the last message: Triton cannot unload the model, nor end, while one is alive.
+    The sender is let go with the last message: Triton cannot unload the model, nor end, while one is alive. Triton
+    frees what a question about cancellation looks at once the last message is there, and dies of one that is still
+    on its way (a segmentation fault in ResponseFactoryIsCancelled); so those two exclude each other.
     """
 
     def __init__(self, request: object) -> None:
         self._sender = request.get_response_sender()
+        self._asking = threading.Lock()  # held during a question about cancellation and during the last message
 
     def send(self, payload: bytes, final: bool) -> None:
-        sender = self._sender
-        if sender is None:
+        if not final:
+            self._send(payload, 0)
+            return
+        with self._asking:
+            try:
+                self._send(payload, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            finally:
+                self._sender = None
+
+    def _send(self, payload: bytes, flags: int) -> None:
+        if self._sender is None:
             raise SinkClosed("the last message was sent")
         tensor = pb_utils.Tensor("OUT", np.array([payload], dtype=np.object_))
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        if final:
-            self._sender = None
         try:
-            sender.send(pb_utils.InferenceResponse(output_tensors=[tensor]), flags=flags)
+            self._sender.send(pb_utils.InferenceResponse(output_tensors=[tensor]), flags=flags)
         except pb_utils.TritonModelException as error:
             self._sender = None
             raise SinkClosed(str(error)) from None
 
     def cancelled(self) -> bool:
+        if not self._asking.acquire(blocking=False):
+            return False  # the last message is being sent
         sender = self._sender
         try:
             return sender is None or bool(sender.is_cancelled())
         except pb_utils.TritonModelException:
             return True
+        finally:
+            self._asking.release()
 
 
 class TritonPythonModel:

@@ -144,7 +144,7 @@ def _lengths(request: Request, num_input: int, limits: Limits) -> tuple[int, int
         raise ContextLengthExceeded(message, field=_prompt_field(request))
     if request.dialect == "openai":
         most = min(request.max_dec_len or limits.max_dec_len, limits.max_dec_len, room)
-        least = request.min_dec_len
+        least = request.min_dec_len or 0  # the first token may be an end token
         if least > (request.max_dec_len or most) or least > limits.max_dec_len:
             raise InvalidRequest(f"min_tokens ({least}) exceeds max_tokens ({most})", field="min_dec_len")
         return most, min(least, most)
@@ -165,9 +165,10 @@ def _native_lengths(request: Request, num_input: int, limits: Limits, room: int)
         message = (f"input ({num_input} tokens) + max_dec_len ({most}) can never fit the cache "
                    f"({limits.cache_tokens} tokens)")
         raise ContextLengthExceeded(message, field="max_dec_len")
-    if request.min_dec_len > most:
-        raise InvalidRequest(f"min_dec_len ({request.min_dec_len}) exceeds max_dec_len ({most})", field="min_dec_len")
-    return most, request.min_dec_len
+    least = request.min_dec_len or 1
+    if least > most:
+        raise InvalidRequest(f"min_dec_len ({least}) exceeds max_dec_len ({most})", field="min_dec_len")
+    return most, least
 
 
 def _prompt_field(request: Request) -> str:

@@ -40,7 +40,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     input_ids: list[int] | None = None
     system: str | None = None
     max_dec_len: int | None = None
-    min_dec_len: int = 1
+    min_dec_len: int | None = None
     topp: float | None = None
     temperature: float | None = None
     top_k: int | None = None

@@ -208,6 +208,8 @@ def _limits(common: dict[str, object], values: Mapping[str, object], route: str)
         raise _refuse(name, "must be at least 1")
     if route == TEXT and not asked:
         common["max_dec_len"] = DEFAULT_TEXT_TOKENS
+    if common.get("min_dec_len") == 0:
+        del common["min_dec_len"]  # what is not given is no lower bound here
     for name in ("max_dec_len", "min_dec_len"):
         value = common.get(name)
         if isinstance(value, int):
