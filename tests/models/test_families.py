@@ -17,11 +17,12 @@ from models.tiny_checkpoints import (
     save_model,
     write_internlm2,
     write_internlm3,
+    write_yi,
 )
 
 # float32 rounding through two layers, of logits that reach some tens: sums are added in another order
 RELATIVE = 2e-5
-NAMES = [*family_configs(), "internlm2", "internlm3"]
+NAMES = [*family_configs(), "internlm2", "internlm3", "yi"]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,8 @@ def _write(name: str, folder: Path) -> Any:
         return write_internlm2(folder)
     if name == "internlm3":
         return write_internlm3(folder)
+    if name == "yi":
+        return write_yi(folder)
     model = make_model(family_configs()[name])
     save_model(model, folder)
     return model

@@ -57,6 +57,14 @@ def family_configs() -> dict[str, transformers.PretrainedConfig]:
         "qwen2_window": t.Qwen2Config(**BASE, use_sliding_window=True, sliding_window=20, max_window_layers=1),
         "qwen3": t.Qwen3Config(**BASE, head_dim=32),
         "mixtral": t.MixtralConfig(**BASE, num_local_experts=4, num_experts_per_tok=2),
+        "qwen2_moe": t.Qwen2MoeConfig(
+            **BASE,
+            moe_intermediate_size=48,
+            shared_expert_intermediate_size=80,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+        ),
         "qwen3_moe": t.Qwen3MoeConfig(
             **BASE,
             head_dim=32,
@@ -106,6 +114,23 @@ def write_internlm3(folder: Path) -> Any:
     model = make_model(family_configs()["llama_biases"])
     save_model(model, folder)
     edit_config(folder, lambda raw: raw.update(architectures=["InternLM3ForCausalLM"], qkv_bias=True, bias=True))
+    return model
+
+
+def write_yi(folder: Path) -> Any:
+    """A Llama under the names that Yi had at first. Returns the Llama."""
+    model = make_model(family_configs()["llama2"])
+    save_model(model, folder)
+    names = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            for old, new in names.items():
+                if f".{old}." in name:
+                    tensors[name.replace(old, new)] = tensors.pop(name)
+
+    edit_tensors(folder, rename)
+    edit_config(folder, lambda raw: raw.update(architectures=["YiForCausalLM"], model_type="Yi"))
     return model
 
 

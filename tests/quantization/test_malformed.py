@@ -1,4 +1,4 @@
-"""Spoilt checkpoints of every format: each is one clear CheckpointError that names the tensor or file, never a crash."""
+"""Spoilt checkpoints of every format: each is one CheckpointError that names the tensor or file, never a crash."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("float", twice, rf"{Q}\.weight is in both model\.safetensors and kv_cache_scales\.safetensors"),
     # the index
     ("sharded", index_entry(f"{Q}.weight", None), rf"has no entry for {Q}\.weight"),
-    ("sharded", index_entry(f"{Q}.bias", "model-00001-of-00006.safetensors"), rf"says that {Q}\.bias is in"),
+    ("sharded", index_entry(f"{Q}.bias", "model-00001-of-00004.safetensors"), rf"says that {Q}\.bias is in"),
     ("sharded", index_entry(f"{Q}.weight", "../x.safetensors"), "'../x.safetensors' is not the name"),
     ("sharded", index_entry(f"{Q}.weight", "/etc/hostname"), "'/etc/hostname' is not the name"),
     ("sharded", index_entry(f"{Q}.weight", "gone.safetensors"), r"gone\.safetensors is missing"),
@@ -256,7 +256,7 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("fp8", value(f"{Q}.weight", float("nan")), rf"^{Q}\.weight: has values that are not finite"),
     ("fp8", tensor(f"{Q}.weight", torch.ones(64, 64).to(torch.float8_e5m2)), rf"^{Q}\.weight: is float8_e5m2"),
     ("fp8", quantization(weight_block_size=[128, 128]), "weight_block_size: fp8 .* per block"),
-    ("fp8", quantization(activation_scheme="dynamic"), rf"does not use: .*{Q[:-6]}.*input_scale"),
+    ("fp8", quantization(activation_scheme="dynamic"), r"does not use: .*\.input_scale and 13 more"),
     ("fp8", quantization(activation_scheme=None), "activation_scheme: must be static or dynamic"),
     ("fp8", quantization(ignored_layers=["re:*"]), "is not a regular expression"),
     ("fp8", quantization(ignored_layers="lm_head"), "ignored_layers: must be a list of texts"),
@@ -340,11 +340,6 @@ def test_the_masters_themselves_are_served(masters: dict[str, Path]) -> None:
 
 
 def test_sizes_that_no_kernel_serves_are_named(tmp_path: Path) -> None:
-    write_model(tmp_path, gptq_linear(group_size=32), gptq_config(group_size=32))
-    edit_config(tmp_path, lambda raw: raw["quantization_config"].clear())
-    edit_config(tmp_path, lambda raw: raw.pop("quantization_config"))
-    model = make_model(family_configs()["llama2"])
-    save_model(model, tmp_path)
     write_compressed(tmp_path, Variant(strategy="group", group_size=2))
     with pytest.raises(CheckpointError, match=r"layers\.0\..*groups of 2 inputs are not served"):
         load_harness(tmp_path)

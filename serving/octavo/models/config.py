@@ -30,6 +30,7 @@ class MoeConfig:
     intermediate_size: int
     renormalize: bool  # the chosen experts' weights are divided by their sum
     layers: frozenset[int]
+    shared_intermediate_size: int | None = None  # of an expert that every row goes through, behind a gate of its own
 
 
 @dataclass(frozen=True)
@@ -199,12 +200,14 @@ def _moe(fields: Fields, *, num_layers: int) -> MoeConfig:
     is_mixtral = fields.get("moe_intermediate_size") is None
     step = fields.integer("decoder_sparse_step", default=1)
     dense = fields.get("mlp_only_layers") or []
+    has_shared = fields.get("shared_expert_intermediate_size") is not None
     return MoeConfig(
         num_experts=num_experts,
         top_k=top_k,
         intermediate_size=fields.integer("intermediate_size" if is_mixtral else "moe_intermediate_size"),
         renormalize=True if is_mixtral else fields.switch("norm_topk_prob"),
         layers=frozenset(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0),
+        shared_intermediate_size=fields.integer("shared_expert_intermediate_size") if has_shared else None,
     )
 
 

@@ -29,6 +29,8 @@ class LayerNames:
     router: str = "mlp.gate"
     expert: str = "mlp.experts.{expert}"
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_expert: str = "mlp.shared_expert"
+    shared_gate: str = "mlp.shared_expert_gate"
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,10 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": MISTRAL,
     "MixtralForCausalLM": replace(MISTRAL, names=MIXTRAL_NAMES, moe=True),
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen2MoeForCausalLM": replace(QWEN2, moe=True),
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": replace(QWEN3, moe=True),
+    "YiForCausalLM": replace(LLAMA, names=LayerNames(input_norm="ln1", mlp_norm="ln2")),  # before it became a Llama
 }
 
 

@@ -7,6 +7,7 @@ weights; none knows what a sequence, a block or a step is beyond the `BatchLayou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -147,19 +148,35 @@ class Mlp:
         return self._down(self._kernels.silu_mul(self._gate_up(x), self._down.handoff), residual=residual)
 
 
+@dataclass(frozen=True)
+class SharedExpert:
+    """An MLP that every row goes through, weighted by the sigmoid of a gate."""
+
+    mlp: Mlp
+    gate: Projection  # H → 1
+
+
 class Experts:
     """A mixture: each row goes to top_k of the MLPs; outputs are added in top-k order, so a row's bits stay its own."""
 
     format = FLOAT
 
     def __init__(
-        self, kernels: Kernels, *, router: Projection, experts: Sequence[Mlp], top_k: int, renormalize: bool
+        self,
+        kernels: Kernels,
+        *,
+        router: Projection,
+        experts: Sequence[Mlp],
+        top_k: int,
+        renormalize: bool,
+        shared: SharedExpert | None = None,
     ) -> None:
         self._kernels = kernels
         self._router = router
         self._experts = experts
         self._top_k = top_k
         self._renormalize = renormalize
+        self._shared = shared
 
     def __call__(self, x: Activation, *, residual: Tensor | None = None) -> Tensor:
         """[M, H] float32 → [M, H] float32."""
@@ -172,4 +189,14 @@ class Experts:
             mlp = self._experts[expert]
             outputs[rows, places] = mlp(self._kernels.quantize(x[rows], mlp.format))
         mixed = self._kernels.moe_combine(outputs, weights)
+        if self._shared is not None:
+            mixed = mixed + self._through_shared(x, self._shared)
         return mixed if residual is None else residual + mixed
+
+    def _through_shared(self, x: Tensor, shared: SharedExpert) -> Tensor:
+        """[M, H]. sigmoid(g) is the first weight of a softmax over (g, 0): an operation that keeps rows apart."""
+        gate = shared.gate(self._kernels.quantize(x, shared.gate.format))  # [M, 1]
+        ids, weights = self._kernels.moe_route(torch.cat((gate, torch.zeros_like(gate)), dim=1), 2, renormalize=False)
+        weight = weights.gather(1, ids.argmin(dim=1, keepdim=True))  # [M, 1]
+        output = shared.mlp(self._kernels.quantize(x, shared.mlp.format))
+        return self._kernels.moe_combine(output[:, None], weight)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.interface import HeadLayout, Kernels
-from octavo.models.config import ModelConfig
+from octavo.models.config import ModelConfig, MoeConfig
 from octavo.models.decoder import Decoder, DecoderLayer
-from octavo.models.layers import Attention, Experts, Mlp, Norm, Projection, RowParallel, pack
+from octavo.models.layers import Attention, Experts, Mlp, Norm, Projection, RowParallel, SharedExpert, pack
 from octavo.models.rope import cos_sin_table
 from octavo.parallel.group import Group
 from octavo.quantization.errors import CheckpointError
@@ -223,7 +223,19 @@ class _Builder:
             experts=experts,
             top_k=moe.top_k,
             renormalize=moe.renormalize,
+            shared=self._shared_expert(prefix, moe),
         )
+
+    def _shared_expert(self, prefix: str, moe: MoeConfig) -> SharedExpert | None:
+        if moe.shared_intermediate_size is None:
+            return None
+        names = self._config.family.names
+        base = prefix + names.shared_expert
+        gate, up, down = (f"{base}.{part}" for part in names.expert_parts)
+        mlp = self._mlp((gate, up, down), size=moe.shared_intermediate_size, bias=False)
+        shape = (1, self._config.hidden_size)
+        logit = self._linear(prefix + names.shared_gate, shape=shape, bias=False, keep_float=True)
+        return SharedExpert(mlp, Projection(self._kernels, [logit]))
 
 
 def separated_rows(config: ModelConfig) -> Tensor:

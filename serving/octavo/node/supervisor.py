@@ -36,7 +36,7 @@ MAX_DEATHS_BEFORE_READY = 3
 DEATH_WINDOW = 60.0
 TRITON_EXPLAINS_SECONDS = 5.0  # a Triton whose model cannot load says why and exits
 TRITON_LOAD_SECONDS = 120.0  # from its start to its first answer; a stub that hangs never answers
-STOP_SECONDS = {"gateway": 10.0, "triton": 3.0, "engine": 10.0}
+STOP_SECONDS = {"gateway": 10.0, "triton": 8.0, "engine": 10.0}
 ENGINE_FINAL_CODES = (2, 3, 4)  # bad model, port, lock: a second try would end the same way
 
 

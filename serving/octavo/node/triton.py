@@ -26,7 +26,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 STUB = "triton_python_backend_stub"
 BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
 RESTRICTED = "shared-memory,model-repository,model-config,logging,trace,statistics"
-EXIT_TIMEOUT_SECONDS = 1
+EXIT_TIMEOUT_SECONDS = 5  # finalize takes about two; cut short, Triton exits with an error and leaves shared memory
 
 
 @dataclass(frozen=True)

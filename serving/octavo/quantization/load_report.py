@@ -90,7 +90,8 @@ class LoadReport:
     @property
     def notes(self) -> list[str]:
         """Each thing that was left out or changed, once."""
-        return list(dict.fromkeys(line.note for line in (*self.products, *self.caches) if line.note))
+        notes = [product.note for product in self.products] + [cache.note for cache in self.caches]
+        return list(dict.fromkeys(note for note in notes if note))
 
     @property
     def worst(self) -> ProductReport | None:

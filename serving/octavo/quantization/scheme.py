@@ -7,13 +7,13 @@ or kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 1024  # a few megabytes: what a cache holds
+VALUES_AT_ONCE = 1 << 20  # four megabytes of float32: what a cache holds
 FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -94,7 +94,7 @@ def quantize_per_channel(weight: Tensor) -> QuantizedTensor:
     two extremes (128 cut to 127) included, and the step is smaller than absmax / 127. A row with NaN or infinity gets
     a scale that is not finite.
     """
-    return quantize_rows(lambda rows: weight[rows], shape=tuple(weight.shape))[0]
+    return quantize_rows(lambda rows: weight[rows], shape=(weight.shape[0], weight.shape[1]))[0]
 
 
 def quantize_rows(
@@ -109,8 +109,7 @@ def quantize_rows(
     q = torch.empty(shape, dtype=torch.int8)  # [N, K]
     scales = torch.empty((num_rows, 1)) if scale is None else scale.expand(num_rows, 1)  # [N, 1] float32
     lost = total = 0.0
-    for low in range(0, num_rows, ROWS_AT_ONCE):
-        rows = slice(low, low + ROWS_AT_ONCE)
+    for rows in row_slices(shape):
         x = read(rows).to(torch.float32, copy=True)
         total += _energy(x) if measure else 0.0
         if scale is None:
@@ -119,6 +118,12 @@ def quantize_rows(
         q[rows] = x.div_(scales[rows]).round_().clamp_(-128, 127)
         lost += _energy(q[rows] * scales[rows] - read(rows)) if measure else 0.0
     return QuantizedTensor(q, scales), math.sqrt(lost / total) if total else (0.0 if measure else None)
+
+
+def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of a tensor in parts of about four megabytes of float32."""
+    step = max(1, VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
+    return (slice(low, low + step) for low in range(0, shape[0], step))
 
 
 def _energy(x: Tensor) -> float:

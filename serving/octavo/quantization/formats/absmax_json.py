@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ def _numbers(value: object, where: str) -> list[float]:
     """A number or a list of them, of any nesting that holds one list. Raises CheckpointError."""
     while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
-    values = value if isinstance(value, list) else [value]
+    values: list[Any] = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in values):
         raise CheckpointError(f"{where}: must be a number or a list of numbers")
     try:

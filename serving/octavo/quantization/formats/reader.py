@@ -15,11 +15,11 @@ from octavo.quantization.errors import CheckpointError
 from octavo.quantization.formats.source import TensorSource
 from octavo.quantization.scheme import (
     FLOAT_ACTIVATION,
-    ROWS_AT_ONCE,
     CacheScheme,
     LinearWeights,
     QuantizedTensor,
     quantize_rows,
+    row_slices,
 )
 
 LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
@@ -79,12 +79,12 @@ def kept_tensor(inputs: ReaderInputs, name: str, shape: tuple[int, ...]) -> Tens
     """The same in DTYPE if that is set, in memory of its own, every value finite. Raises CheckpointError."""
     tensor = float_tensor(inputs, name, shape)
     kept = torch.empty(shape, dtype=inputs.float_dtype or tensor.dtype)
-    for low in range(0, len(tensor), ROWS_AT_ONCE):
-        part = tensor[low : low + ROWS_AT_ONCE].to(kept.dtype)
+    for rows in row_slices(shape):
+        part = tensor[rows].to(kept.dtype)
         # one pass: a sum of finite values is finite, and a tensor's NaN or infinity stays in it
         if not bool(torch.isfinite(part.sum(dtype=torch.float64 if part.dtype == torch.float32 else torch.float32))):
             raise _not_finite(name)
-        kept[low : low + ROWS_AT_ONCE] = part
+        kept[rows] = part
     return kept
 
 
