@@ -5,6 +5,7 @@ Raw gRPC has no keys and no size limits: it is for networks one trusts.
 
 from __future__ import annotations
 
+import collections
 import queue
 import struct
 from collections.abc import AsyncGenerator, Iterator
@@ -39,7 +40,7 @@ def infer_request(payload: JsonObject) -> service_pb2.ModelInferRequest:
 
 
 def message_of(response: service_pb2.ModelStreamInferResponse) -> JsonObject | None:
-    """The object in OUT; None for an empty response. Raises OctavoError, TransportLost."""
+    """The object in OUT, an error object too; None for an empty response. Raises InternalError, TransportLost."""
     if response.error_message:
         raise TransportLost(response.error_message)
     contents = response.infer_response.raw_output_contents
@@ -50,9 +51,24 @@ def message_of(response: service_pb2.ModelStreamInferResponse) -> JsonObject | N
         value = value[0]
     if not isinstance(value, dict):
         raise InternalError("the server sent a message that is not an object")
-    if value.get("error_code"):
-        raise from_native(value)
     return value
+
+
+def _is_last(message: JsonObject, payload: JsonObject) -> bool:
+    """Behind such a message the stream is left to end by itself before the message is given out.
+
+    A stream that is cancelled right behind its last message can leave Triton with a request that it never lets go.
+    """
+    return bool(message.get("is_end") or message.get("error_code") or "op" in payload)
+
+
+def _answer(messages: list[JsonObject]) -> JsonObject:
+    """The one message of an op. Raises OctavoError, TransportLost."""
+    if not messages:
+        raise TransportLost("the stream ended without an answer")
+    if messages[0].get("error_code"):
+        raise from_native(messages[0])
+    return messages[0]
 
 
 def _lost(error: grpc.RpcError) -> Exception:
@@ -78,10 +94,12 @@ class GrpcTransport:
         try:
             for response in call:
                 message = message_of(response)
-                if message is not None:
-                    yield message
-                    if message.get("is_end") or "op" in payload:
-                        return
+                if message is None:
+                    continue
+                if _is_last(message, payload):
+                    requests.put(None)
+                    collections.deque(call, maxlen=0)
+                yield message
         except grpc.RpcError as error:
             raise _lost(error) from error
         finally:
@@ -89,9 +107,7 @@ class GrpcTransport:
             call.cancel()
 
     def call(self, payload: JsonObject, *, timeout: float) -> JsonObject:
-        for message in self.stream(payload, timeout=timeout):
-            return message
-        raise TransportLost("the stream ended without an answer")
+        return _answer(list(self.stream(payload, timeout=timeout)))
 
     def close(self) -> None:
         self._channel.close()
@@ -113,21 +129,22 @@ class AsyncGrpcTransport:
         call = self._stub().ModelStreamInfer(timeout=timeout + MARGIN_SECONDS)
         try:
             await call.write(infer_request(payload))
-            async for response in call:
+            while (response := await call.read()) is not grpc.aio.EOF:
                 message = message_of(response)
-                if message is not None:
-                    yield message
-                    if message.get("is_end") or "op" in payload:
-                        return
+                if message is None:
+                    continue
+                if _is_last(message, payload):
+                    await call.done_writing()
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+                yield message
         except grpc.RpcError as error:
             raise _lost(error) from error
         finally:
             call.cancel()
 
     async def call(self, payload: JsonObject, *, timeout: float) -> JsonObject:
-        async for message in self.stream(payload, timeout=timeout):
-            return message
-        raise TransportLost("the stream ended without an answer")
+        return _answer([message async for message in self.stream(payload, timeout=timeout)])
 
     async def close(self) -> None:
         if self._channel is not None:

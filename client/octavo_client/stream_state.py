@@ -6,7 +6,7 @@ import secrets
 import uuid
 from collections.abc import Callable
 
-from octavo.protocol.errors import OctavoError, RequestTimeout, Unavailable, from_native
+from octavo.protocol.errors import Conflict, OctavoError, RequestTimeout, Unavailable, from_native
 from octavo_client.options import Options, Prompt, prompt_payload
 from octavo_client.results import Delta, Generation, parse_usage
 from octavo_client.transport import JsonObject, TransportLost
@@ -97,7 +97,8 @@ class StreamState:
 
     def lost(self, error: TransportLost | OctavoError) -> float:
         """Seconds to wait before the next attempt. Raises `error` when another one makes no sense."""
-        if isinstance(error, OctavoError) and not isinstance(error, Unavailable):
+        own_ghost = isinstance(error, Conflict) and self._attempt > 0  # the server has not noticed our loss yet
+        if isinstance(error, OctavoError) and not isinstance(error, Unavailable) and not own_ghost:
             raise error
         now = self._clock()
         self._lost_since = now if self._lost_since is None else self._lost_since

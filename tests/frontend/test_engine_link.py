@@ -34,7 +34,7 @@ class Heard:
     def on_loading(self, stage, fraction) -> None:
         self.events.append(("loading", stage))
 
-    def on_attached(self, info, stats, epoch) -> None:
+    def on_attached(self, info, stats, epoch, *, same_engine) -> None:
         self.events.append(("attached", epoch))
 
     def on_detached(self, reason, *, for_good=False) -> None:

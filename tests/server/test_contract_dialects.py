@@ -61,14 +61,19 @@ def test_a_model_or_a_prompt_means_openai_and_bare_messages_native(server: Serve
     assert dialect_of(server, {"prompt": STORY, "max_tokens": 2}, COMPLETIONS) == "openai"
     for path in (CHAT, COMPLETIONS):
         assert dialect_of(server, {"messages": MESSAGES, "max_tokens": 2}, path) == "native"
-        assert dialect_of(server, {"messages": MESSAGES, "max_tokens": 2, "temperature": 0.3, "stop": "x"}, path) == "native"
+        assert (
+            dialect_of(server, {"messages": MESSAGES, "max_tokens": 2, "temperature": 0.3, "stop": "x"}, path)
+            == "native"
+        )
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_response_type_decides_over_the_fields(server: Server, path: str) -> None:
     given = {"messages": MESSAGES} if path == CHAT else {"prompt": STORY}
     native = {"text": STORY} if path == COMPLETIONS else given
-    assert dialect_of(server, {"model": "m", **native, "response_type": "fastdeploy", "max_tokens": 2}, path) == "native"
+    assert (
+        dialect_of(server, {"model": "m", **native, "response_type": "fastdeploy", "max_tokens": 2}, path) == "native"
+    )
     assert dialect_of(server, {**given, "timeout": 20, "response_type": "openai", "max_tokens": 2}, path) == "openai"
 
 

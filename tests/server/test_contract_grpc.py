@@ -90,7 +90,9 @@ def test_a_body_over_the_limit_is_413(server: Server) -> None:
 
 
 def test_a_timeout_is_a_bare_object_after_the_tokens(server: Server) -> None:
-    *tokens, error = triton(server, {"req_id": "a", "text": STORY, "max_dec_len": 8000, "min_dec_len": 8000, "timeout": 0.3})
+    *tokens, error = triton(
+        server, {"req_id": "a", "text": STORY, "max_dec_len": 8000, "min_dec_len": 8000, "timeout": 1}
+    )
     assert tokens
     assert all(isinstance(item, list) for item in tokens)
     assert (error["error_code"], error["req_id"]) == (408, "a")
@@ -120,7 +122,9 @@ def test_logprobs_are_aligned_with_token_ids(server: Server) -> None:
         assert [item["id"] for item in message["logprobs"]] == message["token_ids"]
         for item in message["logprobs"]:
             assert item["logprob"] <= 0
-            assert [one["logprob"] for one in item["top"]] == sorted((one["logprob"] for one in item["top"]), reverse=True)
+            assert [one["logprob"] for one in item["top"]] == sorted(
+                (one["logprob"] for one in item["top"]), reverse=True
+            )
             assert (item["rank"], item["top"][0]["id"], len(item["top"])) == (1, item["id"], 2)
 
 
@@ -149,7 +153,9 @@ def test_a_chat_bot_class_of_this_interface_works(server: Server) -> None:
     body = {"req_id": req_id, "text": STORY, "seq_len": 20, "topp": 0.0, "temperature": 1.0, "penalty_score": 1.0}
     inputs[0].set_data_from_numpy(np.array([json.dumps([body])], dtype=np.object_))
     outputs = [grpcclient.InferRequestedOutput("OUT")]
-    client.async_stream_infer("model", inputs, outputs=outputs, request_id=req_id, sequence_start=True, sequence_end=True)
+    client.async_stream_infer(
+        "model", inputs, outputs=outputs, request_id=req_id, sequence_start=True, sequence_end=True
+    )
     messages = []
     while not messages or messages[-1]["is_end"] != 1:
         (message,) = json.loads(completed.get(timeout=30).as_numpy("OUT")[0])

@@ -57,7 +57,9 @@ def test_a_stream_has_this_shape(server: Server, path: str) -> None:
     assert "\n\n" not in answer.text
     messages = lines_of(answer.text)
     for item in messages:
-        assert {"req_id", "token", "token_ids", "send_idx", "is_end", "infer_seed", "error_msg", "error_code"} <= set(item)
+        assert {"req_id", "token", "token_ids", "send_idx", "is_end", "infer_seed", "error_msg", "error_code"} <= set(
+            item
+        )
         assert (item["error_msg"], item["error_code"]) == ("", 0)
     for item in messages[:-1]:
         assert not {"finish_reason", "tokens_all", "tokens_all_num", "usage"} & set(item)
@@ -109,7 +111,11 @@ def test_a_character_split_over_tokens_is_held_back_with_its_tokens(server: Serv
 def test_one_input_is_needed_and_only_one(server: Server) -> None:
     assert "text" in native_error(post(server, {"req_id": "r"}), 400)
     messages = [{"role": "user", "content": STORY}]
-    for pair in ({"text": "a", "input_ids": [5]}, {"text": "a", "messages": messages}, {"messages": messages, "input_ids": [5]}):
+    for pair in (
+        {"text": "a", "input_ids": [5]},
+        {"text": "a", "messages": messages},
+        {"messages": messages, "input_ids": [5]},
+    ):
         native_error(post(server, {"req_id": "r", **pair}), 400)
 
 
@@ -176,7 +182,9 @@ def test_an_alias_beside_a_null_is_no_conflict(server: Server) -> None:
 
 def test_min_dec_len_keeps_an_answer_going(server: Server, story: list[dict[str, Any]]) -> None:
     natural = story[-1]["tokens_all_num"]
-    longer = ask(server, text=STORY, min_dec_len=natural + 20, max_dec_len=natural + 40, return_all_tokens=True, **GREEDY)
+    longer = ask(
+        server, text=STORY, min_dec_len=natural + 20, max_dec_len=natural + 40, return_all_tokens=True, **GREEDY
+    )
     assert longer["tokens_all_num"] >= natural + 20
     assert longer["tokens_all"].startswith(story[-1]["tokens_all"])
     exact = ask(server, text=STORY, min_dec_len=natural + 20, max_dec_len=natural + 20, return_usage=True, **GREEDY)
@@ -193,7 +201,12 @@ def test_min_dec_len_counts_what_was_sampled_and_then_lets_go(server: Server, st
 
 
 def test_temperature_zero_topp_zero_and_top_k_one_are_greedy(server: Server, story: list[dict[str, Any]]) -> None:
-    for fields in ({"temperature": 0}, {"topp": 0, "temperature": 5}, {"top_p": 0, "temperature": 5}, {"top_k": 1, "temperature": 5}):
+    for fields in (
+        {"temperature": 0},
+        {"topp": 0, "temperature": 5},
+        {"top_p": 0, "temperature": 5},
+        {"top_k": 1, "temperature": 5},
+    ):
         for seed in (1, 2):
             assert ask(server, text=STORY, infer_seed=seed, **fields)["tokens_all"] == story[-1]["tokens_all"]
 
@@ -241,7 +254,7 @@ def test_each_penalty_makes_repeats_rarer(server: Server, field: dict[str, float
 
 def test_a_penalty_below_its_neutral_value_makes_repeats_commoner(server: Server) -> None:
     def kinds(**fields: float) -> int:
-        answer = ask(server, text=STORY, min_dec_len=80, max_dec_len=80, return_all_tokens=True, **GREEDY, **fields)
+        answer = ask(server, text=STORY, min_dec_len=300, max_dec_len=300, return_all_tokens=True, **GREEDY, **fields)
         return len(set(answer["tokens_all_ids"]))
 
     assert kinds(frequency_score=-2.0) < kinds()
@@ -306,7 +319,9 @@ def test_what_only_looked_like_a_stop_string_is_given_out_late(server: Server, s
     assert joined(messages)[1] == joined(story)[1]
 
 
-def test_text_held_back_at_the_end_is_given_out_when_the_length_ends_it(server: Server, story: list[dict[str, Any]]) -> None:
+def test_text_held_back_at_the_end_is_given_out_when_the_length_ends_it(
+    server: Server, story: list[dict[str, Any]]
+) -> None:
     whole = story[-1]["tokens_all"]
     messages = stream(server, text=STORY, stop=whole[:30], max_dec_len=6, **GREEDY)
     last = check_native_stream(messages)
@@ -336,9 +351,9 @@ def test_usage_times_and_all_tokens_come_when_asked(server: Server, story: list[
 
 def test_null_counts_as_absent_in_every_field(server: Server, story: list[dict[str, Any]]) -> None:
     names = (
-        "messages input_ids req_id max_dec_len min_dec_len topp frequency_score presence_score penalty_score top_k infer_seed "
-        "seed eos_token_ids stop stream timeout return_usage return_all_tokens system benchmark response_type seq_len "
-        "max_tokens top_p logprobs n"
+        "messages input_ids req_id max_dec_len min_dec_len topp frequency_score presence_score penalty_score top_k "
+        "infer_seed seed eos_token_ids stop stream timeout return_usage return_all_tokens system benchmark "
+        "response_type seq_len max_tokens top_p logprobs n"
     )
     answer = post(server, {**dict.fromkeys(names.split()), "text": STORY, **GREEDY})
     assert answer.status_code == 200, answer.text
@@ -355,7 +370,7 @@ def test_a_timeout_before_the_answer_is_408(server: Server) -> None:
 
 
 def test_a_timeout_within_a_stream_is_its_last_line(server: Server) -> None:
-    *messages, last = stream(server, text=STORY, req_id="late", timeout=0.3, **LONG)
+    *messages, last = stream(server, text=STORY, req_id="late", timeout=1, **LONG)
     assert [item["send_idx"] for item in messages] == list(range(len(messages)))
     assert all(item["is_end"] == 0 for item in messages)
     assert last["error_code"] == 408

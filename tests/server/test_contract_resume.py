@@ -11,7 +11,19 @@ import httpx
 import pytest
 
 from server.conftest import Server
-from server.contract_calls import CHAT, LONG, STORY, WILD, check_native_stream, joined, native_error, post, stream, tokens_of, triton
+from server.contract_calls import (
+    CHAT,
+    LONG,
+    STORY,
+    WILD,
+    check_native_stream,
+    joined,
+    native_error,
+    post,
+    stream,
+    tokens_of,
+    triton,
+)
 
 pytestmark = pytest.mark.server
 
@@ -64,8 +76,9 @@ def test_a_stream_goes_on_from_every_cut(server: Server, name: str, road: Any) -
     base = {"text": STORY, **CASES[name]}
     whole = over_grpc(server, **base)
     check_native_stream(whole)
-    cuts = range(1, len(whole)) if road is over_grpc else range(1, len(whole), 5)
-    for cut in cuts:
+    step = len(whole) // 40 + 1 if road is over_grpc else len(whole) // 8 + 1
+    cuts = {*range(1, len(whole), step), len(whole) - 2, len(whole) - 1}  # every one of a short stream
+    for cut in cuts - {0, -1}:
         held = whole[:cut]
         check_rest(whole, held, road(server, **{**base, **resume_of(held)}))
 
@@ -111,21 +124,36 @@ def test_each_of_two_choices_goes_on_from_its_own_tokens(server: Server, road: A
             if part and part[-1]["is_end"]:
                 last = choice_of(rest, index)
                 assert len(last) <= 1
-                assert all(joined(last)[1] == [] and item["finish_reason"] == part[-1]["finish_reason"] for item in last)
+                assert all(
+                    joined(last)[1] == [] and item["finish_reason"] == part[-1]["finish_reason"] for item in last
+                )
             else:
                 check_rest(choice_of(whole, index), part, choice_of(rest, index))
 
 
 def test_a_finished_choice_is_not_run_again(server: Server) -> None:
-    base = {"text": STORY, "n": 2, "infer_seed": 6, "max_dec_len": 10, "ignore_eos": True, **WILD}
+    base = {"text": STORY, "n": 2, "infer_seed": 6, "max_dec_len": 60, "ignore_eos": True, **WILD}
     whole = over_grpc(server, **base)
-    parts = [choice_of(whole, 0), choice_of(whole, 1)[:4]]
-    fields = {"generated_token_ids": [joined(part)[1] for part in parts], "send_idx": [len(part) for part in parts], "attempt": 1}
+    parts = [choice_of(whole, 0), choice_of(whole, 1)[:2]]
+    fields = {
+        "generated_token_ids": [joined(part)[1] for part in parts],
+        "send_idx": [len(part) for part in parts],
+        "attempt": 1,
+    }
     rest = over_grpc(server, **{**base, **fields})
     (again,) = choice_of(rest, 0)
     assert (again["finish_reason"], again["token_ids"], again["token"]) == ("length", [], "")
     assert again["tokens_all"] == parts[0][-1]["tokens_all"]
     check_rest(choice_of(whole, 1), parts[1], choice_of(rest, 1))
+
+
+def test_a_character_that_never_became_whole_is_not_said_twice(server: Server) -> None:
+    piece = tokens_of(server, "😀")[0]
+    base = {"text": STORY, "temperature": 0, "infer_seed": 1, "max_dec_len": 3, "logit_bias": {str(piece): 100}}
+    whole = over_grpc(server, **base)
+    assert whole[-1]["tokens_all"].endswith("\ufffd")
+    (last,) = over_grpc(server, **{**base, **resume_of(whole)})
+    assert (last["token"], last["token_ids"], last["tokens_all"]) == ("", [], whole[-1]["tokens_all"])
 
 
 @pytest.mark.parametrize("road", [over_http, over_grpc])
@@ -180,7 +208,8 @@ def held_stream(server: Server, got: list[Message], started: threading.Event) ->
     with httpx.stream("POST", f"{server.gateway}{CHAT}", json=body, timeout=60) as response:
         for line in response.iter_lines():
             got.append(json.loads(line))
-            started.set()
+            if len(got) == 4:
+                started.set()
 
 
 def test_a_higher_attempt_supersedes_and_an_equal_one_does_not(server: Server) -> None:

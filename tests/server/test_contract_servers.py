@@ -1,4 +1,4 @@
-"""What depends on how a server was started: limits, keys, names of variables, no streaming, no gateway, a full queue."""
+"""What depends on how a server was started: limits, keys, other names, no streaming, no gateway, a full queue."""
 
 from __future__ import annotations
 
@@ -107,6 +107,11 @@ def test_the_default_length_is_what_the_context_leaves(tight: Server) -> None:
     assert openai["usage"]["completion_tokens"] == 4096 - len(ids)
 
 
+def test_a_max_seq_len_above_the_context_is_lowered_with_a_warning(tight: Server) -> None:
+    logs = [path.read_text(errors="replace") for path in tight.run_dir.rglob("*.log")]
+    assert any("MAX_SEQ_LEN" in line and "8192" in line and "4096" in line for log in logs for line in log.splitlines())
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -136,11 +141,11 @@ def test_the_openai_dialect_calls_it_context_length_exceeded(tight: Server) -> N
 def busy(server: Server, *names: str) -> Iterator[None]:
     """Long requests under these names, the first one running, the others queued."""
     threads = []
-    for name in names:
+    for count, name in enumerate(names, 1):
         body = {"text": STORY, "req_id": name, "stream": True, **LONG}
         threads.append(threading.Thread(target=post, args=(server, body)))
         threads[-1].start()
-        wait_for(server, lambda count=len(threads): in_flight(server) >= count)
+        wait_for(server, lambda count=count: in_flight(server) >= count)
     yield
     for name in names:
         ask(server, "/v1/abort", req_id=name)
@@ -253,7 +258,9 @@ def test_every_route_but_health_asks_for_a_key(keyed: Server, method: str, path:
         body = answer.json()
         assert "error" in body or body["error_code"] == 401
         assert "first" not in answer.text
-    with_right = httpx.request(method, f"{keyed.gateway}{path}", headers={"authorization": "Bearer second-key"}, timeout=10)
+    with_right = httpx.request(
+        method, f"{keyed.gateway}{path}", headers={"authorization": "Bearer second-key"}, timeout=10
+    )
     assert with_right.status_code != 401
 
 

@@ -37,6 +37,14 @@ def wait_until_idle(server: Server, *, seconds: float = 10.0) -> dict[str, int]:
         time.sleep(0.1)
 
 
+def wait_for_running(server: Server, count: int) -> None:
+    """The health page is polled: it may be half a second behind the stream."""
+    deadline = time.monotonic() + 5.0
+    while stats(server).get("num_running", 0) != count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def options_of(index: int) -> Options:
     return Options(
         infer_seed=index, temperature=1.0 + index % 3 / 2, max_dec_len=8 + 13 * index % 120, ignore_eos=index % 2 == 0
@@ -81,7 +89,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
     with httpx.stream("POST", f"{server.gateway}/v1/chat/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()  # kept: dropping it would close the stream
         next(lines)
-        assert stats(server).get("num_running", 0) == 1
+        wait_for_running(server, 1)
     wait_until_idle(server, seconds=2.0)
 
 

@@ -101,9 +101,15 @@ def _body(request: object) -> bytes:
 
 
 def _end_with(parent: int) -> None:
-    """Wait for Triton to die, then end at once: an orphan stub would hold memory and its engine."""
+    """Wait for Triton to die, then end at once: an orphan stub would hold memory and its engine.
+
+    A killed Triton cannot remove the shared memory that it made for this stub, whose name is one of our arguments.
+    """
     poller = select.poll()
     poller.register(parent, select.POLLIN)
     while not poller.poll(1000):
         pass
+    for argument in Path("/proc/self/cmdline").read_text().split("\0"):
+        if argument.startswith("octavo_") and "/" not in argument:
+            Path("/dev/shm", argument).unlink(missing_ok=True)
     os._exit(1)

@@ -247,10 +247,8 @@ class Server:
         try:
             outputs = core.turn()
         except Exception:  # the edge: nothing is known of the runner any more, so the process ends
-            incident = incident_id()
-            log.exception("the engine failed, id %s", incident)
-            self._publish(core, core.fail_all(f"the engine failed (id {incident})"))
-            raise
+            log.exception("the engine failed, id %s", incident_id())
+            raise  # and the front end replays its sequences in the next one: no error is theirs
         if outputs:
             self._publish(core, outputs)
         else:

@@ -13,38 +13,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 
+from octavo.frontend.engine_view import EngineView, Phase
+from octavo.frontend.quarantine import Quarantine
 from octavo.frontend.state import RequestState, SequenceState
 from octavo.protocol.errors import Conflict, InternalError, OctavoError, QueueFull, Unavailable
 from octavo.protocol.messages import Abort, EngineInfo, EngineStats, SequenceOutput, StepOutputs, Submit, ToEngine
 from octavo.protocol.native import Request
 
 HOLD_SECONDS = 10.0  # how long new requests are taken in while the engine is gone
-MAX_REPLAYS = 3  # a request that met more engine deaths than that may be their cause
-
-
-class Phase(Enum):
-    LOADING = "loading"  # no engine yet
-    READY = "ready"
-    DOWN = "down"  # there was one; another may come
-    CLOSED = "closed"  # none will come
-
-
-@dataclass(slots=True)
-class EngineView:
-    """What was last heard of the engine."""
-
-    phase: Phase = Phase.LOADING
-    reason: str = "the engine is starting"
-    stage: str = "starting"
-    fraction: float = 0.0
-    info: EngineInfo | None = None
-    stats: EngineStats | None = None
-    heard_at: float = 0.0
-    changed_at: float = 0.0
-    epoch: int = 0
+NODE = "node"  # the owner of node's own proving requests: they show that tokens come, not that users are served
 
 
 class Registry:
@@ -64,8 +42,12 @@ class Registry:
         self._owner: dict[int, RequestState] = {}  # seq_id to request
         self._num_started = 0  # of the sequences in _by_seq_id
         self._next_seq_id = 1
-        self._draining = False
+        self._quarantine = Quarantine()
+        self._holding = False  # some sequences wait for the quarantine to end
+        self._draining = ""  # why admission is closed
+        self._closed = False  # also to those who come back
         self.num_accepted = 0
+        self.num_finished = 0  # ended as they should, without node's own
         self.engine = EngineView()
 
     # ---- intake
@@ -93,7 +75,7 @@ class Registry:
                 self._queue(state)
 
     def _check(self, req_id: str, request: Request, *, num_sequences: int) -> None:
-        self._check_phase()
+        self._check_phase(request)
         older = self._by_req_id.get(req_id)
         if older is not None and (request.attempt <= older.request.attempt or request.key != older.request.key):
             raise Conflict(f"req_id ({_shown(req_id)}) is in flight", field="req_id")
@@ -104,10 +86,10 @@ class Registry:
         if after > max(self._max_waiting, 0) and not exempt:
             raise QueueFull(f"{waiting} requests are waiting (MAX_CACHED_TASK_NUM {self._max_waiting})")
 
-    def _check_phase(self) -> None:
+    def _check_phase(self, request: Request) -> None:
         engine = self.engine
-        if self._draining:
-            raise Unavailable("the server is draining")
+        if self._closed or (self._draining and not request.resume_inside):  # that one was accepted long ago
+            raise Unavailable(self._draining)
         if engine.phase is Phase.LOADING:
             raise Unavailable(f"the model is loading: {engine.stage} ({engine.fraction:.0%})")
         held_too_long = engine.phase is Phase.DOWN and self._clock() - engine.changed_at > HOLD_SECONDS
@@ -115,13 +97,31 @@ class Registry:
             raise Unavailable(f"the engine is down: {engine.reason}")
 
     def _enter(self, state: RequestState, sequence: SequenceState) -> None:
-        """Name a sequence and, if there is an engine, submit it."""
+        """Name a sequence and, if there is an engine for it, submit it."""
         sequence.seq_id, self._next_seq_id = self._next_seq_id, self._next_seq_id + 1
         self._by_seq_id[sequence.seq_id] = sequence
         self._owner[sequence.seq_id] = state
-        if self.engine.phase is Phase.READY:
+        sequence.in_engine = False
+        if self._quarantine:
+            self._holding = True
+        else:
+            self._submit(sequence)
+
+    def _submit(self, sequence: SequenceState) -> None:
+        if self.engine.phase is Phase.READY and not sequence.in_engine:
+            state = self._owner[sequence.seq_id]
+            sequence.in_engine, sequence.num_at_submit = True, len(sequence.received)
             self._send(Submit(sequence.seq_id, state.prompt_ids, sequence.params, list(sequence.received),
                               state.request.priority))
+
+    def _submit_held(self) -> None:
+        """After a change of the quarantine: the suspect whose turn it is, or all who had to wait for suspects."""
+        if not self._holding:
+            return
+        self._holding = bool(self._quarantine)
+        held = [self._quarantine.current] if self._quarantine else list(self._by_seq_id.values())
+        for sequence in held:
+            self._submit(sequence)
 
     def _num_waiting(self) -> int:
         unstarted = len(self._by_seq_id) - self._num_started
@@ -135,28 +135,41 @@ class Registry:
             self.engine.stage, self.engine.fraction = stage, fraction
             self.engine.heard_at = self._clock()
 
-    def on_attached(self, info: EngineInfo, stats: EngineStats, epoch: int) -> None:
-        """An engine is there: give it every sequence in flight, with the tokens it has."""
+    def on_attached(self, info: EngineInfo, stats: EngineStats, epoch: int, *, same_engine: bool = False) -> None:
+        """An engine is there: give it every sequence in flight, with the tokens it has.
+
+        `same_engine`: it did not die, only the link to it was lost.
+        """
         with self._lock:
             known, engine = self.engine.info, self.engine
             engine.phase, engine.reason, engine.info, engine.stats, engine.epoch = Phase.READY, "", info, stats, epoch
             engine.stage, engine.fraction = "ready", 1.0
-            engine.heard_at = engine.changed_at = self._clock()
-            same = known is None or known.fingerprint == info.fingerprint
+            engine.heard_at = engine.changed_at = engine.attached_at = self._clock()
+            same_model = known is None or known.fingerprint == info.fingerprint
             alive = sorted(self._by_seq_id.items())
             self._by_seq_id.clear()
             owners, self._owner = self._owner, {}
             self._num_started = 0
-            for place, (seq_id, sequence) in enumerate(alive):
-                sequence.num_replays += sequence.started or place < self._batch_size  # it was running, or likely so
-                sequence.started = False
-                self._replay(owners[seq_id], sequence, same_model=same)
+            if not same_engine:
+                self._quarantine.count_death(self._were_running([sequence for _, sequence in alive]))
+            self._quarantine.begin([sequence for _, sequence in alive])
+            for seq_id, sequence in alive:
+                sequence.started = sequence.in_engine = False
+                self._replay(owners[seq_id], sequence, same_model=same_model)
+            if self._quarantine:
+                self._submit_held()
+
+    def _were_running(self, sequences: list[SequenceState]) -> list[SequenceState]:
+        """Those that ran in the engine that died, or likely so."""
+        submitted = [sequence for sequence in sequences if sequence.in_engine]
+        return [sequence for place, sequence in enumerate(submitted) if sequence.started or place < self._batch_size]
 
     def _replay(self, state: RequestState, sequence: SequenceState, *, same_model: bool) -> None:
         """Give a sequence that no engine has to the engine, with the tokens it has; or end its request."""
         if not same_model:
+            self._quarantine.discard(sequence)
             self._post(state, Unavailable("the engine came back with another model"))
-        elif sequence.num_replays > MAX_REPLAYS:
+        elif self._quarantine.is_guilty(sequence):
             self._post(state, InternalError("the engine failed again and again on this request"))
         else:
             self._enter(state, sequence)
@@ -205,8 +218,20 @@ class Registry:
                 self._num_started += 1
         if output.finish_reason is not None:
             self._forget(sequence)
+            self._submit_held()
+        elif self._quarantine.clears(sequence):
+            self._hold(state, sequence)
         state.pending.append((sequence, output))
         self._queue(state)
+
+    def _hold(self, state: RequestState, sequence: SequenceState) -> None:
+        """A suspect proved harmless. The next one must run alone too, so this one waits."""
+        if self._quarantine:
+            self._send(Abort([sequence.seq_id]))
+            self._forget(sequence)
+            sequence.ended = sequence.started = False
+            self._enter(state, sequence)
+        self._submit_held()
 
     # ---- delivery
 
@@ -221,10 +246,11 @@ class Registry:
         with self._lock:
             self._abort([sequence])
 
-    def release(self, state: RequestState) -> None:
-        """The request has ended: its req_id is free, its sequences are aborted."""
+    def release(self, state: RequestState, *, finished: bool = False) -> None:
+        """The request has ended (`finished`: as it should): its req_id is free, its sequences are aborted."""
         with self._lock:
             state.done = True
+            self.num_finished += finished and state.request.owner != NODE
             if self._by_req_id.get(state.req_id) is state:
                 del self._by_req_id[state.req_id]
             self._requests.pop(id(state), None)
@@ -236,9 +262,11 @@ class Registry:
             self._forget(sequence)
         if alive and self.engine.phase is Phase.READY:
             self._send(Abort([sequence.seq_id for sequence in alive]))
+        self._submit_held()
 
     def _forget(self, sequence: SequenceState) -> None:
         sequence.ended = True
+        self._quarantine.discard(sequence)
         del self._by_seq_id[sequence.seq_id], self._owner[sequence.seq_id]
         self._num_started -= sequence.started
 
@@ -267,14 +295,21 @@ class Registry:
         with self._lock:
             return list(self._requests.values())
 
-    def drain(self) -> None:
-        """Close admission for good."""
+    def drain(self, reason: str = "the server is draining") -> None:
+        """Close admission for good, but to requests that were accepted before and come back."""
         with self._lock:
-            self._draining = True
+            self._draining = self._draining or reason
+
+    def end_all(self, reason: str) -> None:
+        """Close admission to everyone and end every request with 503."""
+        with self._lock:
+            self._draining, self._closed = reason, True
+            for state in self._requests.values():
+                self._post(state, Unavailable(reason))
 
     @property
     def draining(self) -> bool:
-        return self._draining
+        return bool(self._draining)
 
     def counts(self) -> tuple[int, int]:
         """Sequences (running, waiting) as seen from here."""

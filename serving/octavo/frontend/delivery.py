@@ -130,7 +130,7 @@ class Delivery:
         for place, (sequence, message) in enumerate(messages, 1):
             last = over and place == len(messages)
             if last:
-                self._registry.release(state)
+                self._registry.release(state, finished=not state.was_cancelled)
             self._send_message(state, sequence, message, final=last)
         if over:
             reporting.finished(state, error=None, now=self._clock())

@@ -49,7 +49,7 @@ class Events(Protocol):
     """What the link tells; called on its thread, must not block."""
 
     def on_loading(self, stage: str, fraction: float) -> None: ...
-    def on_attached(self, info: EngineInfo, stats: EngineStats, epoch: int) -> None: ...
+    def on_attached(self, info: EngineInfo, stats: EngineStats, epoch: int, *, same_engine: bool) -> None: ...
     def on_detached(self, reason: str, *, for_good: bool = False) -> None: ...
     def on_stats(self, stats: EngineStats) -> None: ...
     def on_step(self, step: StepOutputs) -> None: ...
@@ -57,6 +57,10 @@ class Events(Protocol):
 
 class SessionOver(Exception):
     """The engine is gone; the message says how that was noticed."""
+
+
+class Silent(SessionOver):
+    """The engine overran its step's deadline, or says nothing: a hang is a death."""
 
 
 class Fenced(SessionOver):
@@ -84,6 +88,7 @@ class EngineLink:
         self._outbox: deque[ToEngine] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
+        self._attached_key = ""  # of the engine that was attached last: each engine has a key of its own
         self._thread = threading.Thread(target=self._run, name="octavo-link", daemon=True)
 
     def start(self) -> None:
@@ -115,6 +120,8 @@ class EngineLink:
                 return
             except SessionOver as reason:
                 self._events.on_detached(str(reason))
+                if isinstance(reason, Silent) and self._process is not None:
+                    self._process.kill()  # under node, that is node's to do
                 self._outbox.clear()  # nobody adds to it any more: the registry knows
                 time.sleep(RETRY_SECONDS)
             failure = self._process.ensure() if self._process is not None and not self._closing else None
@@ -225,7 +232,9 @@ class _Session:
         self._attached = True
         if self._link._process is not None:
             self._link._process.settled()
-        self._link._events.on_attached(message.info, message.stats, self._epoch)
+        same_engine = self._key == self._link._attached_key
+        self._link._attached_key = self._key
+        self._link._events.on_attached(message.info, message.stats, self._epoch, same_engine=same_engine)
 
     def _send_outbox(self) -> None:
         outbox = self._link._outbox
@@ -241,7 +250,7 @@ class _Session:
             self._nonce += 1
             self._socket.send(self._encode(Ping(self._nonce)))
         if now - self._heard_at > SILENCE_SECONDS and now > self._step_deadline:
-            raise SessionOver(f"the engine was silent for {now - self._heard_at:.1f} s")
+            raise Silent(f"the engine was silent for {now - self._heard_at:.1f} s")
 
     def _watch_start(self) -> None:
         """While nothing answers: a new key means a new engine; a child that died must be started again."""

@@ -7,14 +7,20 @@ later front end may find it and attach.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from octavo.engine import run_dir
 from octavo.settings import Settings, child_environ
+
+log = logging.getLogger("octavo.frontend")
 
 EXIT_REASONS = {2: "bad settings or model", 3: "INFER_QUEUE_PORT is in use by another program"}
 EXIT_LOCKED = 4  # another engine holds the lock: attach to that one
@@ -44,6 +50,7 @@ class EngineProcess:
         paths = [str(Path(__file__).resolve().parents[2]), *(path for path in sys.path if path)]
         environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         self._environ = environ
+        self._run_dir = settings.run_dir
         self._command = command or [find_python(), "-m", "octavo.engine"]
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,6 +76,16 @@ class EngineProcess:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        """End an engine that hangs: the child, or one that an earlier front end left (the holder of the lock)."""
+        pid = self._process.pid if self._process is not None else None
+        if pid is None and run_dir.is_locked(self._run_dir):
+            pid = run_dir.running_pid(self._run_dir)
+        if pid is not None:
+            log.warning("the engine (pid %d) hangs; killing it", pid)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
 
     def settled(self) -> None:
         """It is attached: the next failure is a new one."""

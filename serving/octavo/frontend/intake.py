@@ -178,3 +178,4 @@ def _resume(sequence: SequenceState, generated: list[int]) -> None:
         sequence.finish = Finish("length")
     if sequence.finish is not None:
         output.finish()
+        output.take()  # a character that never became whole was shown with the last of these tokens

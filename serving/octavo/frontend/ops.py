@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from octavo.frontend.admission import Phase, Registry
+from octavo.frontend.admission import Registry
+from octavo.frontend.engine_view import Phase
 from octavo.frontend.lowering import check_range, make_prompt
 from octavo.frontend.metrics import Page
 from octavo.frontend.sink import Sink
@@ -22,6 +23,7 @@ from octavo.protocol.native import MAX_TOKENS, parse_request
 from octavo.settings import Settings
 from octavo.text.tokenizer import Tokenizer
 
+MAX_REASON = 1000
 QUICK = ("info", "metrics", "drain", "abort")
 _TOKEN_IDS = token_ids_kind(MAX_TOKENS)
 
@@ -43,7 +45,7 @@ class Ops:
         runs: dict[str, Callable[[Mapping[str, Any], str | None], dict[str, Any]]] = {
             "info": lambda body, req_id: self.info(),
             "metrics": lambda body, req_id: {"text": self._page.text()},
-            "drain": lambda body, req_id: self._drain(),
+            "drain": self._drain,
             "abort": self._abort,
             "tokenize": self._tokenize,
             "detokenize": self._detokenize,
@@ -71,9 +73,11 @@ class Ops:
             "model": None if engine.info is None else msgspec.to_builtins(engine.info),
             "engine": None if engine.stats is None else msgspec.structs.asdict(engine.stats),
             "engine_age": self._clock() - engine.heard_at if engine.heard_at else None,
+            "engine_times": {"heard_at": engine.heard_at, "attached_at": engine.attached_at},
             "limits": limits,
             "frontend": {"pid": os.getpid(), "running": running, "waiting": waiting,
-                         "accepted": registry.num_accepted, "epoch": engine.epoch},
+                         "accepted": registry.num_accepted, "finished": registry.num_finished,
+                         "epoch": engine.epoch},
             "defaults": tokenizer.defaults if tokenizer is not None else {},
         }
 
@@ -85,8 +89,14 @@ class Ops:
             return "down"
         return "ready" if phase is Phase.READY and self._slot.tokenizer is not None else "loading"
 
-    def _drain(self) -> dict[str, Any]:
-        self._registry.drain()
+    def _drain(self, body: Mapping[str, Any], req_id: str | None) -> dict[str, Any]:
+        """Close admission; with `end` also end what runs, with 503 and the `reason`."""
+        reason = body.get("reason")
+        reason = reason[:MAX_REASON] if isinstance(reason, str) and reason else "the server is draining"
+        if body.get("end") is True:
+            self._registry.end_all(reason)
+        else:
+            self._registry.drain(reason)
         running, waiting = self._registry.counts()
         return {"state": "draining", "running": running, "waiting": waiting}
 

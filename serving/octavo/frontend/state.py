@@ -38,7 +38,9 @@ class SequenceState:
     seq_id: int = 0  # lock: its name in the engine, another one after each replay
     started: bool = False  # lock: the engine has given tokens
     ended: bool = False  # lock: the engine has said its last word
-    num_replays: int = 0  # lock
+    in_engine: bool = False  # lock: submitted to the engine that is there now
+    num_at_submit: int = 0  # lock: tokens that it was submitted with
+    num_deaths: int = 0  # lock: of engines, while it was running
     finish: Finish | None = None  # delivery (intake, if the request came with all its tokens)
     closed: bool = False  # delivery: its last message was built
     end_token: int | None = None  # delivery: sampled, not in the output
@@ -70,6 +72,10 @@ class RequestState:
     done: bool = False  # lock: its req_id is free again
     accepted: bool = False  # delivery: a message was sent
     next_check: float = 0.0  # sweeper: when to ask the sink next
+
+    @property
+    def was_cancelled(self) -> bool:
+        return any(sequence.finish is None or sequence.finish.reason == "cancelled" for sequence in self.sequences)
 
     @property
     def resumed(self) -> bool:

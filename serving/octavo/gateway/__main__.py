@@ -2,13 +2,14 @@
 
 One process, one event loop. With --fd it serves the listening socket that its parent opened and ends with that
 parent; without, it binds HOST:PUSH_MODE_HTTP_PORT itself. SIGTERM: no new connections, running requests get
-DRAIN_SECONDS to end. Exit codes: 0 asked to end, 2 bad settings, 3 port in use.
+DRAIN_SECONDS to end (a few seconds under a parent, which drains first). Exit codes: 0 asked to end, 2 bad settings, 3 port in use.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -27,6 +28,8 @@ from octavo.gateway.upstream import Upstream
 from octavo.protocol import native
 from octavo.settings import Settings, SettingsError
 
+BEAT_SECONDS = 0.5
+END_SECONDS = 5  # under a parent that has let every request end before it asks
 KEEP_ALIVE_SECONDS = 65  # longer than the usual 60 s of proxies, so that they close first
 LEAST_MESSAGE_BYTES = 64 << 20  # log probabilities of a long prompt come in one message
 
@@ -35,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run until asked to end; the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m octavo.gateway", description="HTTP gateway worker")
     parser.add_argument("--fd", type=int, help="an inherited listening socket; the worker ends with its parent")
-    fd = parser.parse_args(arguments).fd
+    parser.add_argument("--beat", type=int, help="a pipe to its parent: a byte twice a second says that the loop turns")
+    given = parser.parse_args(arguments)
+    fd = given.fd
     try:
         settings = Settings.from_environ()
     except SettingsError as error:
@@ -50,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code=3,
         )
     _log_to_stderr(settings.log_level)
-    server = Server(make_config(settings))
+    drain_seconds = settings.drain_seconds if fd is None else min(settings.drain_seconds, END_SECONDS)
+    server = Server(make_config(settings, drain_seconds=drain_seconds))
     parent = os.pidfd_open(os.getppid()) if fd is not None else None
-    uvloop.run(_serve(server, listener, parent))
+    uvloop.run(_serve(server, listener, parent, given.beat))
     return 0
 
 
@@ -73,7 +79,7 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=2048)
 
 
-def make_config(settings: Settings) -> uvicorn.Config:
+def make_config(settings: Settings, *, drain_seconds: int | None = None) -> uvicorn.Config:
     """uvicorn as this gateway wants it: httptools with a bounded head, no websockets, no log of its own."""
     max_message_bytes = max(LEAST_MESSAGE_BYTES, 2 * settings.max_body_bytes + (1 << 20))
     upstream = Upstream(
@@ -90,11 +96,13 @@ def make_config(settings: Settings) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=settings.drain_seconds,
+        timeout_graceful_shutdown=settings.drain_seconds if drain_seconds is None else drain_seconds,
     )
 
 
-async def _serve(server: uvicorn.Server, listener: socket.socket, parent: int | None) -> None:
+async def _serve(
+    server: uvicorn.Server, listener: socket.socket, parent: int | None, beat: int | None = None
+) -> None:
     """Serve until a signal comes, or until the parent dies: then at once, for nobody restarts what fails any more."""
 
     def orphaned() -> None:
@@ -105,7 +113,18 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, parent: int | 
 
     if parent is not None:
         asyncio.get_running_loop().add_reader(parent, orphaned)
+    beating = asyncio.ensure_future(_beat(beat)) if beat is not None else None
     await server.serve(sockets=[listener])
+    if beating is not None:
+        beating.cancel()
+
+
+async def _beat(pipe: int) -> None:
+    """Show the parent that this loop turns. A full pipe is no error: then it is the parent that hangs."""
+    while True:
+        with contextlib.suppress(OSError):
+            os.write(pipe, b".")
+        await asyncio.sleep(BEAT_SECONDS)
 
 
 def _log_to_stderr(level: str) -> None:

@@ -137,15 +137,13 @@ async def _on_octavo_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """The router's own: an unknown path, or a known one with another method."""
+    """The router's own: an unknown path, or a known one with another method; 404 both, as the list is closed."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return error_response(NotFound("there is no such route"), _dialect_of_path(request))
-    message = f"{request.method} is not served on this route" if error.status_code == 405 else str(error.detail)
+    message = "there is no such route"
+    if error.status_code == 405:
+        message = f"{request.method} is not served on this route, but {(error.headers or {}).get('Allow', 'others')}"
     body = error_body(NotFound(message), _dialect_of_path(request))
-    if "error_code" in body:
-        body["error_code"] = error.status_code
-    return json_response(body, status=error.status_code, headers=error.headers)
+    return json_response(body, status=404, headers=error.headers)
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:

@@ -34,6 +34,8 @@ class Progress:
         self.choices = [Choice() for _ in range(count)]
         self.num_open = count
         self.attempt = self._first_attempt = _whole(request.get("attempt"))
+        self.reached = False  # the server may have accepted it
+        self.held = False  # it was sent in vain before: a server that is starting is no answer any more
         self.received = False
         self.closed = False  # the server has said its last word: nothing is left to abort
         self._fingerprint: str | None = None
@@ -43,6 +45,12 @@ class Progress:
     def resumed(self) -> bool:
         """Whether the gateway itself has lost a stream of this request; an attempt from outside is not that."""
         return self.attempt > self._first_attempt
+
+    def lost(self, *, reached: bool) -> None:
+        """An attempt was in vain; `reached`: the server may have accepted it, so the next one supersedes it."""
+        self.held = True
+        self.reached |= reached
+        self.attempt += self.reached
 
     def _take_over(self, request: Mapping[str, object]) -> None:
         """A request may itself be a resumption: go on counting from what it brings. The front end validates it."""

@@ -21,12 +21,13 @@ _LENGTH = struct.Struct("<I")  # BYTES elements carry their length in four bytes
 class Lost(Exception):
     """The stream broke or never came about: the server may be restarting.
 
-    `refused` is true if this request cannot have reached the model, so nobody works on it.
+    `refused` is true if nobody works on this request; `reached` if it may have been accepted before.
     """
 
-    def __init__(self, reason: str, *, refused: bool) -> None:
+    def __init__(self, reason: str, *, refused: bool, reached: bool | None = None) -> None:
         super().__init__(reason)
         self.refused = refused
+        self.reached = not refused if reached is None else reached
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -60,7 +61,7 @@ def payload_of(response: service_pb2.ModelStreamInferResponse) -> bytes:
     """The text in OUT, b"" for a response without one. Raises Lost if Triton itself reports an error."""
     if response.error_message:
         # The model answers errors as messages of its own: one from Triton is about a model that is gone or not there.
-        raise Lost(response.error_message, refused=True)
+        raise Lost(response.error_message, refused=True, reached=True)
     contents = response.infer_response.raw_output_contents
     return contents[0][4:] if contents else b""
 

@@ -9,6 +9,7 @@ request: its received token ids, one decoded message, and gRPC's window of 64 Ki
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -26,7 +27,9 @@ from octavo.protocol.errors import InternalError, OctavoError, RequestTimeout, U
 log = logging.getLogger("octavo.gateway")
 
 DEADLINE_MARGIN = 10.0  # seconds that the front end has to answer its own timeout before the gateway does
+HOLD_SECONDS = 10.0  # how long new requests wait for a server that went away
 OUTAGE_SECONDS = 60.0  # how long a running request waits for a server that went away
+GREET_SECONDS = 0.5
 MAX_LOSSES = 3  # broken streams in a row without a token between them: the request may be what breaks it
 CLOSE_SECONDS = 2.0  # for aborts that are under way when the worker ends
 FINISH_SECONDS = 1.0  # for Triton to close a stream whose last message is here
@@ -45,12 +48,16 @@ class Upstream:
         clock: Callable[[], float],
         outage_seconds: float = OUTAGE_SECONDS,
     ) -> None:
+        """`outage_seconds`: for how long a running request waits for a server that went away."""
         self._address = address
         self._max_message_bytes = max_message_bytes
         self._clock = clock
         self._outage_seconds = outage_seconds
+        self._hold_seconds = min(HOLD_SECONDS, outage_seconds)
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_running = 0
+        self._answered = False  # ever
+        self._away_since: float | None = None  # since when the server that once answered does not
         self._decoder = token_decoder()
 
     async def start(self) -> None:
@@ -60,9 +67,11 @@ class Upstream:
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
+        self._spawn(self._greet())
 
     async def close(self) -> None:
         """Wait briefly for requests that are being cancelled and for their aborts, then close the channel."""
+        self._answered = True  # ends the greeting
         end = self._clock() + CLOSE_SECONDS
         while (self._num_running or self._tasks) and self._clock() < end:
             await asyncio.sleep(0.01)
@@ -88,14 +97,34 @@ class Upstream:
                             outage.over()
                             yield event
                 except Lost as lost:
-                    delay = outage.delay(lost, progress)
+                    hold = self._may_hold()
+                    progress.lost(reached=lost.reached and (self._answered or not lost.refused))
+                    delay = outage.delay(lost, progress, hold=hold)
                     log.warning("stream lost; trying again in %.1f s", delay)
-                    progress.attempt += 1
                     await self._pause(delay, deadline)
         finally:
             self._num_running -= 1
             if not progress.closed:
                 self._spawn(self._abort_quietly(request.get("req_id"), owner))
+
+    async def _greet(self) -> None:
+        """Learn that the server is there, so that its absence later is known as a loss."""
+        while not self._answered:
+            with contextlib.suppress(OctavoError):
+                await self.ask({"op": "info"}, timeout=GREET_SECONDS)
+                return
+            await asyncio.sleep(GREET_SECONDS)
+
+    def _note_answer(self) -> None:
+        self._answered, self._away_since = True, None
+
+    def _may_hold(self) -> bool:
+        """Whether the server went away a moment ago: who comes now is held like those that were there."""
+        if not self._answered:
+            return False  # it is starting
+        now = self._clock()
+        self._away_since = now if self._away_since is None else self._away_since
+        return now - self._away_since <= self._hold_seconds
 
     async def _attempt(self, progress: Progress, deadline: float) -> AsyncGenerator[Event, None]:
         """One stream: send the request as it stands, yield what is new, end with the last word or raise."""
@@ -121,7 +150,7 @@ class Upstream:
         """Decode one payload; None for a repeated message. Raises the error that a bare object stands for."""
         if not payload.startswith(b"["):
             error = from_native(_object(payload))
-            if progress.resumed and isinstance(error, Unavailable):
+            if progress.held and isinstance(error, Unavailable):
                 # The server that came back is still starting. A first attempt gets this as its answer.
                 raise Lost(error.message, refused=True)
             progress.closed = True
@@ -130,6 +159,7 @@ class Upstream:
             (message,) = self._decoder.decode(payload)
         except (msgspec.MsgspecError, ValueError) as error:
             raise InternalError("the model server sent a message that cannot be read") from error
+        self._note_answer()
         return (message, payload[1:-1]) if progress.accept(message) else None
 
     async def _pause(self, delay: float, deadline: float) -> None:
@@ -148,6 +178,8 @@ class Upstream:
         finally:
             self._spawn(_finish(call))
         answer = _object(payload)
+        if answer.get("state") == "ready":
+            self._note_answer()
         if answer.get("error_msg"):
             raise from_native(answer)
         return answer
@@ -179,9 +211,12 @@ class Outage:
         self._losses = 0
         self._tries = 0
 
-    def delay(self, lost: Lost, progress: Progress) -> float:
-        """Seconds until the next try. Raises Unavailable if there should be none."""
-        if lost.refused and not progress.resumed and not progress.received:
+    def delay(self, lost: Lost, progress: Progress, *, hold: bool) -> float:
+        """Seconds until the next try. Raises Unavailable if there should be none.
+
+        `hold`: the server went away so recently that also a request that never reached it waits.
+        """
+        if not progress.reached and not hold:
             progress.closed = True
             raise Unavailable("the model server is not available")
         self._since = self._clock() if self._since is None else self._since

@@ -37,12 +37,16 @@ def choose(
 ) -> Kernels:
     """The backend `name` ("auto", "reference", "avx2", "avx512"), proven by its self-test. Raises NoSuchKernels.
 
+    A CUDA device has one backend, which "auto" and "gpu" name.
+
     "auto" takes the first of avx512, avx2 and reference that works, and warns in one line when that is the
     reference. Libraries are looked for in `library_folder` (default: beside the sources, else a folder of the
     user's) and built there if they are missing.
     """
+    if device.type == "cuda":
+        return _gpu(name, device)
     if device.type != "cpu":
-        raise NoSuchKernels(f"no kernels for device {device.type}: this version computes on the cpu only")
+        raise NoSuchKernels(f"no kernels for device {device.type}: there are those for cpu and cuda")
     if name == "reference":
         return ReferenceKernels()
     if name not in ("auto", *NEEDED_FLAGS):
@@ -57,6 +61,27 @@ def choose(
         raise NoSuchKernels(reasons[0])
     log.warning("using the slow reference kernels: %s", "; ".join(dict.fromkeys(reasons)))
     return ReferenceKernels()
+
+
+def _gpu(name: str, device: torch.device) -> Kernels:
+    """The GPU backend. Imported here: triton-lang is there only where a card is."""
+    refusal = f"no kernels for device {device.type}"
+    if name not in ("auto", "gpu"):
+        raise NoSuchKernels(f"{refusal} named {name}: there are auto and gpu")
+    if not torch.cuda.is_available():
+        raise NoSuchKernels(f"{refusal}: torch {torch.__version__} finds no card")
+    try:
+        from octavo.kernels.gpu.backend import GpuKernels, UnsupportedDevice
+    except ImportError as error:
+        raise NoSuchKernels(f"{refusal}: triton-lang is not installed ({error.name})") from error
+    try:
+        kernels = GpuKernels(device)
+        wrong = self_test(kernels)
+    except UnsupportedDevice as error:
+        raise NoSuchKernels(f"{refusal}: {error}") from error
+    if wrong:
+        raise NoSuchKernels(f"{refusal}: they fail their self-test: {wrong}")
+    return kernels
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
@@ -130,8 +155,10 @@ def _extreme_error(kernels: Kernels, *, limbs: int, width: int) -> float:
     integers[:, 0] = largest  # so the scale is 1 and quantising gives these integers back
     weight = torch.randint(-128, 128, (37, width), generator=generator, dtype=torch.int8)  # [37, width]
     weight[0], weight[1] = -128, 127
-    quantized = kernels.quantize(integers.float(), format)
-    y = kernels.linear(quantized, kernels.pack_int8(weight, torch.ones(1), format=format))
+    device = kernels.device
+    quantized = kernels.quantize(integers.float().to(device), format)
+    packed = kernels.pack_int8(weight.to(device), torch.ones(1, device=device), format=format)
+    y = kernels.linear(quantized, packed).cpu()
     high = (integers + 128) >> 8
     if limbs == 1:
         exact = (integers @ weight.long().T).float()

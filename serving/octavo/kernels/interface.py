@@ -19,8 +19,9 @@ products are single float32 operations, in the order written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -290,4 +291,46 @@ class Kernels(Protocol):
         """Log-softmax of rows [R, V] → (logprob [R], rank [R] from 1, top ids [R, num_top], top logprobs [R,
         num_top]), ties by lower id. Does not change logits.
         """
+        ...
+
+
+# ---- whole layers, where a backend can run them in one call
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A decoder layer without experts as its operations: rms_norm, linear (qkv), rope_write, attention, quantize,
+    linear (out, + x), rms_norm, linear (gate_up), silu_mul, linear (down, + x), in this order on one residual stream.
+    """
+
+    attention_norm: Tensor  # [H] float32
+    qkv: PackedLinear
+    q_norm: Tensor | None  # [head_dim] float32
+    k_norm: Tensor | None
+    heads: HeadLayout
+    out: PackedLinear
+    mlp_norm: Tensor  # [H] float32
+    gate_up: PackedLinear
+    down: PackedLinear
+    eps: float
+
+
+class LayerStack(Protocol):
+    """Consecutive layers of a model."""
+
+    def run(
+        self, x: Tensor, layout: BatchLayout, caches: Sequence[LayerCache], rows: Tensor  # [R] int64
+    ) -> Tensor:
+        """[M, H] float32, changed, → the residual stream of `rows` after the last layer, [R, H] float32, new memory.
+        The bits are those of the operations one by one. Without rows the last layer only writes its cache.
+        """
+        ...
+
+
+@runtime_checkable
+class StacksLayers(Protocol):
+    """A backend that may run whole layers."""
+
+    def stack_layers(self, layers: Sequence[DenseLayer], cos_sin: Tensor) -> LayerStack | None:
+        """None: these have to run one operation at a time."""
         ...

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
-from octavo.kernels.interface import Kernels, LayerCache, PackedLinear
+from octavo.kernels.interface import DenseLayer, Kernels, LayerCache, LayerStack, PackedLinear, StacksLayers
 from octavo.models.batch import ForwardBatch
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Attention, Experts, Mlp, Norm
@@ -39,6 +40,27 @@ class DecoderLayer:
         normed, x = self.mlp_norm(x, self.mlp.format)
         return self.mlp(normed, residual=x)
 
+    def dense(self) -> DenseLayer | None:
+        """The layer as a backend may run it whole; None if it has experts, or products that do not fuse."""
+        attention, mlp, norms = self.attention, self.mlp, (self.attention_norm, self.mlp_norm)
+        if not isinstance(mlp, Mlp) or {norm.eps for norm in norms} != {attention.eps}:
+            return None
+        qkv, out, gate_up, down = attention.qkv.only, attention.out.only, mlp.gate_up.only, mlp.down.only
+        if qkv is None or out is None or gate_up is None or down is None:
+            return None
+        return DenseLayer(
+            attention_norm=norms[0].weight,
+            qkv=qkv,
+            q_norm=attention.q_norm,
+            k_norm=attention.k_norm,
+            heads=attention.heads,
+            out=out,
+            mlp_norm=norms[1].weight,
+            gate_up=gate_up,
+            down=down,
+            eps=attention.eps,
+        )
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -54,9 +76,20 @@ class Decoder:
     cache_schemes: Sequence[CacheScheme]  # per layer
     weight_scheme: str
 
+    @cached_property
+    def stack(self) -> LayerStack | None:
+        """All layers as one, where the backend can."""
+        layers = [layer.dense() for layer in self.layers]
+        if not isinstance(self.kernels, StacksLayers):
+            return None
+        dense = [layer for layer in layers if layer is not None]
+        return self.kernels.stack_layers(dense, self.cos_sin) if len(dense) == len(layers) else None
+
     def hidden(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Run a step: fills the caches and returns the residual stream of the wanted rows, [R, H] float32."""
         x = self.kernels.embedding(batch.token_ids, self.embedding)  # [M, H]
+        if self.stack is not None:
+            return self.stack.run(x, batch.layout, caches, batch.logits_rows)
         last = len(self.layers) - 1
         for index, (layer, cache) in enumerate(zip(self.layers, caches)):
             rows = batch.logits_rows if index == last else None

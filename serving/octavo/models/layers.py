@@ -60,6 +60,11 @@ class Projection:
         outputs = [self._kernels.linear(self._written(x, product.format), product) for product in self._products]
         return torch.cat(outputs, dim=1)
 
+    @property
+    def only(self) -> PackedLinear | None:
+        """The product if it is one."""
+        return self._products[0] if len(self._products) == 1 else None
+
     def _written(self, x: Activation, form: ActivationFormat) -> Activation:
         return self._kernels.quantize(x, form) if self.format == FLOAT and isinstance(x, Tensor) else x
 
@@ -72,6 +77,11 @@ class RowParallel:
         self._kernels = kernels
         self._group = group
         self._product = pack(kernels, mine)
+
+    @property
+    def only(self) -> PackedLinear | None:
+        """The product if no other rank takes part."""
+        return self._product if self._group.size == 1 else None
 
     @property
     def handoff(self) -> ActivationFormat:
@@ -92,12 +102,12 @@ class Norm:
 
     def __init__(self, kernels: Kernels, weight: Tensor, eps: float) -> None:
         self._kernels = kernels
-        self._weight = weight  # [H] float32
-        self._eps = eps
+        self.weight = weight  # [H] float32
+        self.eps = eps
 
     def __call__(self, x: Tensor, form: ActivationFormat) -> tuple[Activation, Tensor]:
         """[M, H] float32 → (normed in `form`, the residual stream, which may be x itself)."""
-        return self._kernels.rms_norm(x, self._weight, self._eps, form)
+        return self._kernels.rms_norm(x, self.weight, self.eps, form)
 
 
 class Attention:
@@ -117,20 +127,20 @@ class Attention:
         self._kernels = kernels
         self.qkv = qkv
         self.out = out
-        self._heads = heads
-        self._q_norm = q_norm
-        self._k_norm = k_norm
-        self._eps = eps
+        self.heads = heads
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.eps = eps
 
     def attend(self, x: Activation, *, cos_sin: Tensor, layout: BatchLayout, cache: LayerCache) -> Tensor:
         """[M, H] in `qkv.format` → the heads' outputs [M, num_heads · head_dim] float32. Writes this step's K and V."""
         q = self.fill(x, cos_sin=cos_sin, layout=layout, cache=cache)
-        return self._kernels.attention(q, layout, self._heads, cache)
+        return self._kernels.attention(q, layout, self.heads, cache)
 
     def fill(self, x: Activation, *, cos_sin: Tensor, layout: BatchLayout, cache: LayerCache) -> Tensor:
         """Write this step's K and V; returns the rotated queries [M, num_heads · head_dim] float32."""
         return self._kernels.rope_write(
-            self.qkv(x), cos_sin, layout, self._heads, cache, q_norm=self._q_norm, k_norm=self._k_norm, eps=self._eps
+            self.qkv(x), cos_sin, layout, self.heads, cache, q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps
         )
 
 
@@ -139,13 +149,13 @@ class Mlp:
 
     def __init__(self, kernels: Kernels, *, gate_up: Projection, down: RowParallel) -> None:
         self._kernels = kernels
-        self._down = down
-        self._gate_up = gate_up
+        self.down = down
+        self.gate_up = gate_up
         self.format = gate_up.format
 
     def __call__(self, x: Activation, *, residual: Tensor | None = None) -> Tensor:
         """[M, H] in `format` → [M, H] float32, new memory."""
-        return self._down(self._kernels.silu_mul(self._gate_up(x), self._down.handoff), residual=residual)
+        return self.down(self._kernels.silu_mul(self.gate_up(x), self.down.handoff), residual=residual)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Child:
     started: float
     log_offset: int  # size of its log file when it started
     exited: asyncio.Future[int] = field(repr=False)
+    trouble: str = ""  # why node killed it
 
     @property
     def pid(self) -> int:

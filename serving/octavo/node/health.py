@@ -34,6 +34,7 @@ PROBE: dict[str, object] = {
     "temperature": 0,
     "ignore_eos": True,
     "priority": -100,
+    "owner": "node",  # no user's: the front end does not count it as one that was served
 }
 
 
@@ -52,6 +53,7 @@ class Process:
     pid: int | None
     restarts: int
     seconds: float  # since its start
+    last_end: str = ""  # how the one before it ended
 
 
 @dataclass
@@ -68,6 +70,22 @@ class Observed:
     token_error: str = ""
     ever_ready: bool = False
     draining: bool = False
+    failed: str = ""  # why node gives up
+    front_end_pid: int = 0
+    front_end_at: float = 0.0  # when this front end was first seen
+    num_finished: int = 0  # requests that it ended as it should
+    finished_at: float = 0.0  # when such an end was last seen
+
+    def note_front_end(self, now: float) -> None:
+        """Whether the last answer came from another front end, and whether requests have ended well."""
+        front_end = self.info.get("frontend")
+        if not isinstance(front_end, dict):
+            return
+        pid, num_finished = int(front_end.get("pid") or 0), int(front_end.get("finished") or 0)
+        if pid != self.front_end_pid:
+            self.front_end_pid, self.front_end_at, self.num_finished = pid, now, 0
+        if num_finished > self.num_finished:
+            self.num_finished, self.finished_at = num_finished, now
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,8 @@ class Verdict:
 
 def judge(seen: Observed, processes: list[Process], *, gateway: bool, now: float) -> Verdict:
     """The server's state: the first of its stages, from the outside in, that is not well gives the reason."""
+    if seen.failed:
+        return Verdict("down", f"giving up: {seen.failed}")
     if seen.draining:
         return Verdict("draining", "the server is draining")
     not_ready = "down" if seen.ever_ready else "starting"
@@ -178,6 +198,7 @@ class Monitor:
             else:
                 self.seen.info, self.seen.info_at, self.seen.info_from = info, self._clock(), source
                 self.seen.info_error = ""
+                self.seen.note_front_end(self._clock())
             await asyncio.sleep(max(0.05, POLL_SECONDS - (self._clock() - began)))
 
     async def prove(self) -> None:

@@ -29,7 +29,7 @@ class Programs:
     """The command lines of our own processes and the model repository; tests put stand-ins here."""
 
     engine: tuple[str, ...] = ENGINE
-    gateway: tuple[str, ...] = GATEWAY  # gets --fd N
+    gateway: tuple[str, ...] = GATEWAY  # gets --fd N --beat N
     model_repository: Path = triton.MODEL_REPOSITORY
 
 
@@ -74,12 +74,12 @@ class Plan:
     def engine(self) -> Program:
         return Program("engine", self.programs.engine, self.environ, self.logs["engine"])
 
-    def gateway(self, name: str) -> Program:
-        """One worker on the shared listening socket."""
+    def gateway(self, name: str, *, beat: int) -> Program:
+        """One worker on the shared listening socket; `beat` is the pipe on which it shows that it lives."""
         assert self.gateway_socket is not None
         handle = self.gateway_socket.fileno()
-        argv = (*self.programs.gateway, "--fd", str(handle))
-        return Program(name, argv, self.environ, self.logs[name], pass_fds=(handle,))
+        argv = (*self.programs.gateway, "--fd", str(handle), "--beat", str(beat))
+        return Program(name, argv, self.environ, self.logs[name], pass_fds=(handle, beat))
 
     def triton(self, *, metrics_port: int, secret: str) -> Program:
         """Triton itself does not watch its parent, so the kernel kills it."""

@@ -14,11 +14,13 @@ import logging
 import secrets
 import signal
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from functools import partial
 
-from octavo.node import run_dir, triton
-from octavo.node.children import Child, Children, exit_text, process_end
+from octavo.node import run_dir
+from octavo.node.children import Child, Children, exit_text
+from octavo.node.deaths import Deaths
 from octavo.node.errors import NodeError
 from octavo.node.health import Monitor, Process, health_pages
 from octavo.node.logs import LogFile, last_error, watch_logs
@@ -27,35 +29,16 @@ from octavo.node.pages import PageServer
 from octavo.node.ports import free_port
 from octavo.node.programs import Plan
 from octavo.node.triton_client import TritonClient
+from octavo.node.watch import Beat, Watch
 from octavo.protocol.errors import OctavoError
 
 log = logging.getLogger("octavo.node")
 
-MAX_DEATHS = 5  # within DEATH_WINDOW; the next one ends node
+MAX_DEATHS = 5  # within a minute and without a request that ended well: that is enough
 MAX_DEATHS_BEFORE_READY = 3
-DEATH_WINDOW = 60.0
-TRITON_EXPLAINS_SECONDS = 5.0  # a Triton whose model cannot load says why and exits
-TRITON_LOAD_SECONDS = 120.0  # from its start to its first answer; a stub that hangs never answers
+GIVE_UP_SECONDS = 3.0  # in which everybody is told why the server ends by itself
 STOP_SECONDS = {"gateway": 10.0, "triton": 8.0, "engine": 10.0}
 ENGINE_FINAL_CODES = (2, 3, 4)  # bad model, port, lock: a second try would end the same way
-
-
-class Deaths:
-    """Recent deaths of one child: how long to wait before the next start, or that it is enough."""
-
-    def __init__(self) -> None:
-        self._times: deque[float] = deque()
-        self.total = 0
-
-    def record(self, now: float, *, limit: int) -> float | None:
-        """Seconds to wait before a restart; None after `limit` deaths within the window."""
-        self.total += 1
-        self._times.append(now)
-        while now - self._times[0] > DEATH_WINDOW:
-            self._times.popleft()
-        if len(self._times) >= limit:
-            return None
-        return min(5.0, 0.1 * 4.0 ** (len(self._times) - 1))
 
 
 class Supervisor:
@@ -76,6 +59,8 @@ class Supervisor:
         self._upstream = TritonClient(settings.local_target(settings.grpc_port))
         gateway = (settings.local_address, settings.push_mode_http_port) if plan.gateway_socket else None
         self.monitor = Monitor(self._upstream, gateway=gateway, processes=self.processes, clock=clock)
+        self._watch = Watch(children=self._children, monitor=self.monitor, upstream=self._upstream, clock=clock)
+        self._beats: dict[str, Beat] = {}  # by worker
         self._metrics = NodeMetrics(model=settings.served_model_name)
 
     # ---- life
@@ -92,6 +77,9 @@ class Supervisor:
             await self._until_asked(tasks)
             await self._drain()
             return 0
+        except NodeError as error:
+            await self._give_up(str(error))
+            raise
         finally:
             for task in tasks:
                 task.cancel()
@@ -105,9 +93,9 @@ class Supervisor:
         logs = [LogFile(name, path, echo=log.warning) for name, path in self._plan.logs.items()]
         logs.append(LogFile("node", self._settings.log_dir / "node.log", echo=None))
         return [
-            self._keep("engine", self._start_engine, self._wait_child),
+            self._keep("engine", self._start_engine, self._watch.engine),
             self._keep("triton", self._start_triton, self._wait_triton),
-            *(self._keep(name, self._gateway_starter(name), self._wait_child) for name in self._plan.gateway_names),
+            *(self._keep(name, partial(self._start_gateway, name), self._wait_gateway) for name in self._plan.gateway_names),
             *self.monitor.work(),
             watch_logs(logs),
             self._announce(),
@@ -169,61 +157,36 @@ class Supervisor:
         if name == "engine" and never_ready and code in ENGINE_FINAL_CODES:
             raise NodeError(reason or f"the engine ended with {exit_text(code)}", exit_code=code)
         limit = MAX_DEATHS_BEFORE_READY if never_ready else MAX_DEATHS
-        delay = self._deaths[name].record(self._clock(), limit=limit)
+        deaths = self._deaths[name]
+        deaths.last = f"killed: it {child.trouble}" if child.trouble else exit_text(code)
+        delay = deaths.record(self._clock(), limit=limit, served_at=self.monitor.seen.finished_at)
         if delay is None:
-            raise NodeError(
-                f"{name} died {limit} times in a row, last with {exit_text(code)}: {reason or 'it said nothing'}"
-            )
-        log.warning("%s died (%s); starting it again", name, exit_text(code))
+            raise NodeError(f"{name} died {limit} times in a row, last with {deaths.last}: {reason or 'it said nothing'}")
+        log.warning("%s died (%s); starting it again", name, deaths.last)
         return delay
 
     def _start_engine(self) -> Child:
         return self._children.spawn(self._plan.engine)
 
-    def _gateway_starter(self, name: str) -> Callable[[], Child]:
-        return lambda: self._children.spawn(self._plan.gateway(name))
+    def _start_gateway(self, name: str) -> Child:
+        beat = self._beats[name] = Beat(clock=self._clock)
+        try:
+            return self._children.spawn(self._plan.gateway(name, beat=beat.write))
+        finally:
+            beat.listen()
 
     def _start_triton(self) -> Child:
         run_dir.remove_shared_memory(self._plan.shm_prefix)
         self._triton_metrics = free_port()
         return self._children.spawn(self._plan.triton(metrics_port=self._triton_metrics, secret=self._secret))
 
-    async def _wait_child(self, child: Child) -> int:
-        return await asyncio.shield(child.exited)
+    async def _wait_gateway(self, child: Child) -> int:
+        return await self._watch.gateway(child, self._beats[child.program.name])
 
     async def _wait_triton(self, child: Child) -> int:
-        """Wait for its death; bring it about if its stub is dead or never answers (it would go on without one)."""
-        watch = asyncio.create_task(self._end_without_stub(child))
-        try:
-            code = await asyncio.shield(child.exited)
-        finally:
-            watch.cancel()
+        code = await self._watch.triton(child)
         run_dir.remove_shared_memory(self._plan.shm_prefix)
         return code
-
-    async def _end_without_stub(self, child: Child) -> None:
-        trouble = await self._stub_trouble(child)
-        if self.monitor.seen.info_at < child.started:
-            await asyncio.wait({child.exited}, timeout=TRITON_EXPLAINS_SECONDS)
-        log.warning("Triton's Python stub %s; ending Triton", trouble)
-        self._children.signal_group(child, signal.SIGKILL)
-
-    async def _stub_trouble(self, child: Child) -> str:
-        """Wait until something is wrong with Triton's stub, and say what."""
-        deadline = self._clock() + TRITON_LOAD_SECONDS
-        while (stub := triton.find_stub(child.pid)) is None:
-            if self._clock() > deadline:
-                return "did not start"
-            await asyncio.sleep(0.05)
-        ended = asyncio.create_task(process_end(stub))
-        try:
-            while not ended.done():
-                await asyncio.wait({ended}, timeout=1.0)
-                if self.monitor.seen.info_at < child.started and self._clock() > deadline:
-                    return "never answered"
-            return "died"
-        finally:
-            ended.cancel()
 
     # ---- end
 
@@ -245,9 +208,27 @@ class Supervisor:
                 return
             await asyncio.sleep(0.1)
         log.warning("not every request ended in time; ending them")
+        await self._end_requests("the server is shutting down")
+
+    async def _end_requests(self, reason: str) -> None:
+        """Every request ends now, with 503 and the reason; new ones get the same answer."""
+        with suppress(OctavoError):
+            await self._upstream.ask({"op": "drain", "end": True, "reason": reason}, seconds=1.0)
+
+    async def _give_up(self, reason: str) -> None:
+        """Tell everybody why, before the server ends by itself."""
+        self.monitor.seen.failed = reason
+        if self.monitor.seen.ever_ready:
+            log.error("giving up: %s", reason)
+            began = self._clock()
+            while self._clock() - began < GIVE_UP_SECONDS and not self._stop.is_set():
+                await self._end_requests(f"the server gives up: {reason}")
+                await asyncio.sleep(0.2)
 
     async def _end_all(self) -> None:
         """Gateway first (answers that are under way get out), then Triton and the engine together."""
+        if self._plan.gateway_socket is not None:
+            self._plan.gateway_socket.close()  # who connects now is refused, and does not wait for nobody
         for group in (("gateway",), ("triton", "engine")):
             ending = [
                 self._children.end(child, seconds=0.0 if self._hurry.is_set() else STOP_SECONDS[kind])
@@ -269,14 +250,12 @@ class Supervisor:
         return [self._process(name, self._current.get(name)) for name in self._plan.names]
 
     def _process(self, name: str, child: Child | None) -> Process:
-        restarts = self._deaths[name].total
+        deaths = self._deaths[name]
         if child is None or not child.running:
-            return Process(name=name, state="dead", pid=None, restarts=restarts, seconds=0.0)
+            return Process(name, "dead", None, deaths.total, 0.0, deaths.last)
         stopped = run_dir.process_stat(child.pid)[:1] in (["T"], ["t"])
         seconds = round(self._clock() - child.started, 1)
-        return Process(
-            name=name, state="stopped" if stopped else "running", pid=child.pid, restarts=restarts, seconds=seconds
-        )
+        return Process(name, "stopped" if stopped else "running", child.pid, deaths.total, seconds, deaths.last)
 
     def _record(self) -> None:
         """Tell the stop command what runs."""

@@ -34,17 +34,19 @@ class TritonClient:
     async def ask(self, body: dict[str, object], *, seconds: float) -> dict[str, object]:
         """Send one request object and return its first answer.
 
-        Raises OctavoError; Unavailable if Triton does not answer.
+        Raises OctavoError; Unavailable if Triton does not answer. The stream ends by itself: one that is cancelled
+        right behind its last message can leave Triton with a request that it never lets go, and then it cannot stop.
         """
         call = self._stub.ModelStreamInfer(iter([encode(body)]), timeout=seconds)
         try:
-            async for response in call:
-                return decode(response)
+            responses = [response async for response in call]
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"Triton: {error.code().name.lower().replace('_', ' ')}") from None
         finally:
             call.cancel()
-        raise Unavailable("Triton: the stream ended without an answer")
+        if not responses:
+            raise Unavailable("Triton: the stream ended without an answer")
+        return decode(responses[0])
 
     async def close(self) -> None:
         await self._channel.close()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from octavo.kernels.cpu import attention, cache, moe, products, rows, sampling
+from octavo.kernels.cpu import attention, cache, layers, moe, products, rows, sampling
 from octavo.kernels.cpu.attention import CpuAttention
 from octavo.kernels.cpu.build import library_path
+from octavo.kernels.cpu.layers import CpuLayers
 from octavo.kernels.cpu.library import WeightMemory, create_pool, load_library
 from octavo.kernels.cpu.moe import CpuMoe
 from octavo.kernels.cpu.products import CpuProducts
@@ -23,11 +24,12 @@ SIGNATURES = {
     **cache.SIGNATURES,
     **attention.SIGNATURES,
     **moe.SIGNATURES,
+    **layers.SIGNATURES,
     **sampling.SIGNATURES,
 }
 
 
-class CpuKernels(CpuProducts, CpuRows, CpuAttention, CpuMoe, CpuSampling):
+class CpuKernels(CpuProducts, CpuRows, CpuAttention, CpuMoe, CpuLayers, CpuSampling):
     """`interface.Kernels` on x86 processors. One thread at a time may call it."""
 
     def __init__(self, variant: str, *, folder: Path, num_threads: int | None = None) -> None:

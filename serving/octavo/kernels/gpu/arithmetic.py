@@ -1,7 +1,7 @@
 """What all GPU kernels compute with: rounding, quantisation, limbs, exp. Functions of triton-lang, inlined in kernels.
 
-Every kernel is launched with fused multiply-add switched off, so each operation written here rounds once, as the
-interface words it. Nothing here depends on the tile's shape: a row has the same bits in any kernel.
+Every kernel is launched with fused multiply-add switched off, and products that feed sums go through `rounded`, so
+each operation rounds once, as the interface words it. Nothing here depends on the tile's shape: a row has the same bits in any kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_REST = tl.constexpr(1.925963033500801e-08)  # log2(e) beyond its float32
 TF32_BITS = tl.constexpr(-8192)  # sign, exponent and the ten highest bits of the fraction
+
+
+@triton.jit
+def rounded(x, zero):
+    """x. Keeps a product out of the sum behind it: `zero` is an integer 0 that the compiler cannot know.
+
+    From sm_100 on the assembler joins packed products and sums into one rounding, whatever it is told.
+    """
+    return (x.to(tl.int32, bitcast=True) + zero).to(tl.float32, bitcast=True)
 
 
 @triton.jit

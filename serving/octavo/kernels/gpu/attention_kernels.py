@@ -29,7 +29,7 @@ ONE_BITS = tl.constexpr(0x3F800000)  # the bits of 1.0; one unit in the last pla
 STEP = tl.constexpr(1.1920928955078125e-07)  # 2^-23
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "scale", "max_rows"])
 def decode_segments(
     q_ptr,  # [M, H · D] float32
     k_ptr,  # [num_blocks, KV, 64, D_PAD]
@@ -39,10 +39,11 @@ def decode_segments(
     query_start_ptr,  # [B + 1] int32
     seq_lens_ptr,  # [B] int32
     tables_ptr,  # [B, table_width] int32
-    partial_ptr,  # [M, H, num_segments, D] float32
-    stats_ptr,  # [M, H, num_segments, 2] float32: maximum and sum
+    partial_ptr,  # [B · max_rows, H, num_segments, D] float32
+    stats_ptr,  # [B · max_rows, H, num_segments, 2] float32: maximum and sum
     table_width,
     scale,
+    max_rows,  # sequences with more query rows are left to prompt_rows
     WINDOW: tl.constexpr,  # 0: none
     KV: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of one kv head
@@ -53,8 +54,9 @@ def decode_segments(
     ROWS: tl.constexpr,  # query rows times GROUP_PAD
     INT8: tl.constexpr,
     EXACT_TF32: tl.constexpr,
+    PACKED: tl.constexpr,  # the assembler may join packed products and sums: from sm_100 on
 ):
-    """One segment of one kv head of one sequence with few query rows. Grid: (B, KV, num_segments · row tiles)."""
+    """One segment of one kv head of one sequence with few query rows. Grid: (B, KV, num_segments)."""
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     segment = tl.program_id(2)
@@ -63,27 +65,30 @@ def decode_segments(
     num_rows = tl.load(query_start_ptr + sequence + 1) - first_row
     seq_len = tl.load(seq_lens_ptr + sequence)
     start = segment * SEGMENT
-    if (num_rows * GROUP_PAD > ROWS) | (num_rows == 0) | (start >= seq_len):
+    if (num_rows > max_rows) | (num_rows == 0) | (start >= seq_len):
         return
     if WINDOW > 0:  # the first row's window ends before this segment: so do all
         if start + SEGMENT <= seq_len - num_rows + 1 - WINDOW:
             return
     LIMBS: tl.constexpr = 2 if INT8 else 1
-    position, at, valid = _rows(0, first_row, num_rows, seq_len, kv_head, KV, GROUP, GROUP_PAD, ROWS, 1)
+    position, _, valid = _rows(0, first_row, num_rows, seq_len, kv_head, KV, GROUP, GROUP_PAD, ROWS, 1)
     _, twice_at, twice_valid = _rows(0, first_row, num_rows, seq_len, kv_head, KV, GROUP, GROUP_PAD, ROWS, LIMBS)
     q, q_scale = _queries(q_ptr, twice_at, twice_valid, scale, D, BLOCK_D, ROWS, INT8)
     maximum, total, out = _segment(
         q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
         start, seq_len, table_width, True, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
+        PACKED,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
-    place = at * num_segments + segment
+    m = tl.arange(0, ROWS)
+    row = (sequence * max_rows + m // GROUP_PAD).to(tl.int64)
+    place = (row * (KV * GROUP) + kv_head * GROUP + m % GROUP_PAD) * num_segments + segment
     tl.store(stats_ptr + place * 2, maximum, mask=valid)
     tl.store(stats_ptr + place * 2 + 1, total, mask=valid)
     tl.store(partial_ptr + place[:, None] * D + d[None, :], out, mask=valid[:, None] & (d[None, :] < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments", "max_rows"])
 def reduce_segments(
     partial_ptr,  # as decode_segments leaves them
     stats_ptr,
@@ -108,7 +113,8 @@ def reduce_segments(
         return
     position = tl.load(seq_lens_ptr + sequence) - num_rows + row
     d = tl.arange(0, BLOCK_D)
-    at = ((first_row + row) * H + head).to(tl.int64)
+    at = (first_row + row).to(tl.int64) * H + head
+    source = ((sequence * max_rows + row).to(tl.int64) * H + head) * num_segments
     maximum = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     out = tl.zeros((1, BLOCK_D), tl.float32)
@@ -119,17 +125,15 @@ def reduce_segments(
     for base in range(first, last + 1, AHEAD):
         for i in tl.static_range(AHEAD):
             used = base + i <= last
-            place = at * num_segments + base + i + tl.zeros((1,), tl.int32)
+            place = source + base + i + tl.zeros((1,), tl.int32)
             m = tl.load(stats_ptr + place * 2, mask=used, other=float("-inf"))
             s = tl.load(stats_ptr + place * 2 + 1, mask=used, other=0.0)
-            o = tl.load(
-                partial_ptr + place[:, None] * D + d[None, :], mask=used & (d[None, :] < D), other=0.0
-            )
+            o = tl.load(partial_ptr + place[:, None] * D + d[None, :], mask=used & (d[None, :] < D), other=0.0)
             maximum, total, out = _combine(maximum, total, out, m, s, o)
     tl.store(out_ptr + at * D + d[None, :], tl.div_rn(out, total[:, None] + tl.zeros_like(out)), mask=d[None, :] < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "scale", "min_rows"])
 def prompt_rows(
     q_ptr,  # as decode_segments
     k_ptr,
@@ -153,6 +157,7 @@ def prompt_rows(
     ROWS: tl.constexpr,
     INT8: tl.constexpr,
     EXACT_TF32: tl.constexpr,
+    PACKED: tl.constexpr,  # the assembler may join packed products and sums: from sm_100 on
 ):
     """All segments of ROWS / GROUP_PAD query rows of one kv head. Grid: (row tiles, KV, B), last rows first."""
     sequence = tl.program_id(2)
@@ -184,12 +189,14 @@ def prompt_rows(
         m2, l2, o2 = _segment(
             q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
             here, here + SEGMENT, table_width, False, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
+            PACKED,
         )  # fmt: skip
         maximum, total, out = _combine(maximum, total, out, m2, l2, o2)
     for here in range(full, end, SEGMENT):
         m2, l2, o2 = _segment(
             q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
             here, end, table_width, True, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
+            PACKED,
         )  # fmt: skip
         maximum, total, out = _combine(maximum, total, out, m2, l2, o2)
     d = tl.arange(0, BLOCK_D)
@@ -230,7 +237,7 @@ def _queries(q_ptr, at, valid, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, RO
     q = tl.load(q_ptr + at[:, None] * D + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)
     if INT8:
         absmax = tl.max(tl.abs(q), 1)
-        bits = integer_bits(q * inverse_scale(absmax, 32512.0)[:, None])
+        bits = integer_bits(tl.minimum(q * inverse_scale(absmax, 32512.0)[:, None], 32512.0))
         limb = tl.where((tl.arange(0, 2 * ROWS) < ROWS)[:, None], high_limb(bits), low_limb(bits))
         absmax = tl.max(tl.reshape(absmax, (2, ROWS)), 0)
         return limb, (row_scale(absmax, 32512.0) * scale) * LOG2E
@@ -268,6 +275,7 @@ def _segment(
     ROWS: tl.constexpr,
     INT8: tl.constexpr,
     EXACT_TF32: tl.constexpr,
+    PACKED: tl.constexpr,  # the assembler may join packed products and sums: from sm_100 on
 ):
     """Maximum (of s · log2(e)), sum and output of the tokens of one segment: two tiles, joined."""
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -298,6 +306,8 @@ def _segment(
             s = dot_float(q, k.to(tl.float32).T, tl.zeros((ROWS, TILE), tl.float32), EXACT_TF32) * q_scale[:, None]
         if MASKED:
             s = tl.where(visible, s, float("-inf"))
+        elif PACKED:  # as `rounded`, which where and minimum do as well
+            s = tl.minimum(s, LARGEST)
         m = tl.max(s, 1)
         e = tl.exp2(s - _finite(m)[:, None])  # 0 where not visible
         # 1 + e is 1 and a whole number of steps: their sum is exact in any order.
@@ -309,7 +319,10 @@ def _segment(
                 w = tl.where(visible, w, 0.0)
             a = tl.max(w, 1)
             inverse = tl.where(a > 0.0, tl.minimum(32512.0 / tl.where(a > 0.0, a, 1.0), LARGEST), 0.0)
-            bits = integer_bits(w * inverse[:, None])
+            w = w * inverse[:, None]
+            if PACKED:
+                w = tl.minimum(w, 32512.0)
+            bits = integer_bits(w)
             sums = tl.dot(high_limb(bits), v.T, out_dtype=tl.int32) << 8
             sums = tl.dot(low_limb(bits), v.T, sums, out_dtype=tl.int32)
             o = sums.to(tl.float32) * (a * (1.0 / 32512.0))[:, None]
@@ -333,4 +346,5 @@ def _combine(m1, l1, o1, m2, l2, o2):
     m = tl.maximum(m1, m2)
     f1 = tl.exp2(m1 - _finite(m))
     f2 = tl.exp2(m2 - _finite(m))
-    return m, l1 * f1 + l2 * f2, o1 * f1[:, None] + o2 * f2[:, None]
+    # Fused here and everywhere: written so, the compiler has no choice that could differ between kernels.
+    return m, tl.fma(l2, f2, l1 * f1), tl.fma(o2, f2[:, None] + tl.zeros_like(o2), o1 * f1[:, None])

@@ -1,7 +1,8 @@
-"""The int8 product as a kernel: one or two limbs of activations on the tensor cores, scales and sums in the epilogue.
+"""The products as kernels. int8: one or two limbs of activations on the tensor cores, scales and sums in the epilogue.
 
 Integer sums are exact, so tiles are chosen for speed alone: every tile gives a row the same bits. Group scales add up
-in ascending K. Weights lie [N, K_padded] with zeros behind K, activations [limbs, M, K_padded].
+in ascending K. Weights lie [N, stride] with zeros behind K, activations [limbs, M, stride]. The float product has one tile
+for every M, so the order of its sums never changes.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from octavo.kernels.gpu.arithmetic import dot_float, rounded
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["M"])
 def int8_gemm(
     x_ptr,  # [LIMBS, M, K] int8
     x_scale_ptr,  # [M] float32
@@ -23,7 +26,8 @@ def int8_gemm(
     y_ptr,  # [M, N] float32
     M,
     N,
-    K,  # padded: a multiple of BLOCK_K, and of the group
+    K,  # a multiple of BLOCK_K; what lies behind the inputs is zero
+    stride,  # bytes of a row of x and w
     STEPS_PER_GROUP: tl.constexpr,  # K steps of one group; 0: one group
     LIMBS: tl.constexpr,
     HAS_INPUT_ZERO: tl.constexpr,
@@ -41,9 +45,10 @@ def int8_gemm(
     # Rows and columns beyond the edge read the last one again: no masks in the loop, and nothing of them is stored.
     x_row = tl.minimum(rows, M - 1).to(tl.int64)
     w_row = tl.minimum(columns, N - 1).to(tl.int64)
-    hi_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
-    lo_ptrs = hi_ptrs + M.to(tl.int64) * K
-    w_ptrs = w_ptr + w_row[:, None] * K + k[None, :]
+    hi_ptrs = x_ptr + x_row[:, None] * stride + k[None, :]
+    lo_ptrs = hi_ptrs + M.to(tl.int64) * stride
+    w_ptrs = w_ptr + w_row[:, None] * stride + k[None, :]
+    zero = tl.minimum(M, 0)
     hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     hi_sum = tl.zeros((BLOCK_M,), tl.int32)
@@ -65,9 +70,10 @@ def int8_gemm(
         w_ptrs += BLOCK_K
         if STEPS_PER_GROUP > 0 and (step + 1) % STEPS_PER_GROUP == 0:
             at = (step // STEPS_PER_GROUP) * N + w_row
-            total += _scaled(
+            scaled = _scaled(
                 hi, lo, hi_sum, lo_sum, at, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
             )
+            total += rounded(scaled, zero)
             hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
             lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
             hi_sum = tl.zeros((BLOCK_M,), tl.int32)
@@ -76,7 +82,7 @@ def int8_gemm(
         total = _scaled(
             hi, lo, hi_sum, lo_sum, w_row, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
         )
-    y = total * tl.load(x_scale_ptr + x_row)[:, None]
+    y = rounded(total * tl.load(x_scale_ptr + x_row)[:, None], zero)
     if HAS_BIAS:
         y += tl.load(bias_ptr + w_row)[None, :]
     out = rows[:, None].to(tl.int64) * N + columns[None, :]
@@ -126,3 +132,50 @@ def _scaled(
     if LIMBS == 2:
         t = t * 256.0 + lo.to(tl.float32)
     return t * tl.load(w_scale_ptr + at)[None, :]
+
+
+@triton.jit(do_not_specialize=["M"])
+def float_gemm(
+    x_ptr,  # [M, K] float32
+    w_ptr,  # [N, K] float32, bfloat16 or float16
+    bias_ptr,  # [N] float32, read if HAS_BIAS
+    residual_ptr,  # [M, N] float32, read if HAS_RESIDUAL
+    y_ptr,  # [M, N] float32
+    M,
+    N,
+    K,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    EXACT_TF32: tl.constexpr,  # w is of 16 bits
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile [BLOCK_M, BLOCK_N] of y, sums in ascending K. Grid: (tiles,)."""
+    rows, columns = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    x_row = tl.minimum(rows, M - 1).to(tl.int64)
+    w_row = tl.minimum(columns, N - 1).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
+    w_ptrs = w_ptr + w_row[:, None] * K + k[None, :]
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            inside = (k < K - start)[None, :]
+            x = tl.load(x_ptrs, mask=inside, other=0.0)
+            w = tl.load(w_ptrs, mask=inside, other=0.0)
+        y = dot_float(x, w.to(tl.float32).T, y, EXACT_TF32)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + w_row)[None, :]
+    out = rows[:, None].to(tl.int64) * N + columns[None, :]
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + out, mask=inside, other=0.0)
+    tl.store(y_ptr + out, y, mask=inside)

@@ -1,0 +1,92 @@
+// What the machine allows, for the ratios of cpu.py: bytes read per second from memory, and int8 operations per second of the
+// instruction that the products are made of. Usage: ceilings THREADS SECONDS; prints two numbers, GB/s and GOPS.
+#include <immintrin.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr size_t kBytes = size_t{1} << 30;
+std::atomic<int64_t> sink{0};
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Reads [first, last) in four streams, as the products read their panels.
+void read_part(const char* data, size_t first, size_t last) {
+  __m512i sums[4] = {};
+  const size_t quarter = (last - first) / 4 / 64 * 64;
+  for (size_t at = 0; at < quarter; at += 64)
+    for (int s = 0; s < 4; ++s) {
+      const char* p = data + first + s * quarter + at;
+      _mm_prefetch(p + 2048, _MM_HINT_T0);
+      sums[s] = _mm512_xor_si512(sums[s], _mm512_load_si512(p));
+    }
+  sink += _mm512_reduce_add_epi64(_mm512_xor_si512(_mm512_xor_si512(sums[0], sums[1]), _mm512_xor_si512(sums[2], sums[3])));
+}
+
+template <typename F>
+void on_threads(int threads, F&& f) {
+  std::vector<std::thread> workers;
+  for (int t = 0; t < threads; ++t) workers.emplace_back([&f, t] { f(t); });
+  for (auto& worker : workers) worker.join();
+}
+
+// Parts of 4 MB are taken as threads get to them, so a thread that lost its core holds up little.
+double bandwidth(int threads, double seconds) {
+  char* data = static_cast<char*>(std::aligned_alloc(size_t{2} << 20, kBytes));
+  madvise(data, kBytes, MADV_HUGEPAGE);
+  for (size_t at = 0; at < kBytes; at += 64) data[at] = static_cast<char>(at >> 6);
+  std::atomic<size_t> next{0};
+  const double began = now();
+  on_threads(threads, [&](int) {
+    while (now() - began < seconds) {
+      const size_t at = next.fetch_add(1) % (kBytes >> 22) << 22;
+      read_part(data, at, at + (size_t{1} << 22));
+    }
+  });
+  const double rate = static_cast<double>(next.load()) * (1 << 22) / (now() - began) / 1e9;
+  std::free(data);
+  return rate;
+}
+
+double products(int threads, double seconds) {
+  std::atomic<int64_t> rounds{0};
+  const double began = now();
+  on_threads(threads, [&](int) {
+    typedef int32_t i32x16 __attribute__((vector_size(64)));
+    i32x16 acc[16];
+    for (int j = 0; j < 16; ++j) {
+      acc[j] = i32x16{} + j;
+      asm volatile("" : "+v"(acc[j]));  // else the compiler sees sixteen times the same sum
+    }
+    __m512i a = _mm512_set1_epi32(0x01020304), b = _mm512_set1_epi32(0x04030201);
+    while (now() - began < seconds) {
+      for (int i = 0; i < 20000; ++i) {
+        asm volatile("" : "+v"(a), "+v"(b));
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) acc[j] = reinterpret_cast<i32x16>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc[j]), a, b));
+      }
+      rounds += 20000;
+    }
+    for (int j = 0; j < 16; ++j) sink += acc[j][0];
+  });
+  return static_cast<double>(rounds.load()) * 16 * 128 / (now() - began) / 1e9;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int threads = argc > 1 ? std::atoi(argv[1]) : 2;
+  const double seconds = argc > 2 ? std::atof(argv[2]) : 1.0;
+  const double read = bandwidth(threads, seconds);
+  std::printf("%.2f %.1f\n", read, products(threads, seconds));
+}

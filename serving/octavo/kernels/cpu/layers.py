@@ -1,0 +1,187 @@
+"""Whole decoder layers in one native call: describes them to csrc/layers.cpp and owns the workspace.
+
+Runs in the engine's thread, like all kernels. Serves layers whose products are all int8; others run one operation at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.cpu.cache import CpuCache, check_heads
+from octavo.kernels.cpu.library import CpuBase, WeightMemory, checked, pointer
+from octavo.kernels.cpu.products import CpuInt8Linear
+from octavo.kernels.interface import BatchLayout, DenseLayer, LayerCache, LayerStack, PackedLinear
+
+SIGNATURES = {"octavo_run_layers": "pppp"}
+MLP_ROWS = 256  # rows that go through an MLP together: enough for its products, few enough for the memory
+
+_POINTER, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weights", _POINTER), ("limbs", _INT), ("zero_point", _INT), ("static_scale", _FLOAT))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
+        ("eps", _DOUBLE),
+        *((name, _INT) for name in ("num_heads", "kv_heads", "head_dim", "window")),
+        ("scale", _FLOAT),
+        *((name, _POINTER) for name in ("k_inverse", "v_inverse", "k", "v", "k_scales", "v_scales")),
+        ("cache_type", _INT),
+    )
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        ("layers", _POINTER),
+        ("num_layers", _INT),
+        ("hidden", _INT),
+        ("cos_sin", _POINTER),
+        ("rotary_dim", _INT),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("x", _POINTER),
+        ("rows", _INT),
+        *((name, _POINTER) for name in ("query_start", "block_tables", "positions", "slots")),
+        ("num_sequences", _INT),
+        ("max_blocks", _INT),
+        ("wanted", _POINTER),
+        ("num_wanted", _INT),
+        ("y", _POINTER),
+    )
+
+
+class _Workspace(ctypes.Structure):
+    _fields_ = (*((name, _POINTER) for name in ("bytes", "row_scale", "wide", "q", "heads")), ("mlp_rows", _INT))
+
+
+class CpuStack:
+    """A `LayerStack`. One thread at a time may run it."""
+
+    def __init__(self, kernels: CpuLayers, layers: Sequence[DenseLayer], cos_sin: Tensor) -> None:
+        self._kernels = kernels
+        self._layers = list(layers)  # their tensors are what the native description points into
+        self._cos_sin = cos_sin
+        self._caches: list[LayerCache] = []
+        self._native = (_Layer * len(layers))(*map(_describe, layers))
+        address, hidden = ctypes.addressof(self._native), self._layers[0].out.out_features
+        self._stack = _Stack(address, len(layers), hidden, pointer(cos_sin), cos_sin.shape[1])
+        self._rows = 0  # that the workspace holds
+        self._workspace = _Workspace()
+        self._buffers: list[Tensor] = []
+
+    def run(self, x: Tensor, layout: BatchLayout, caches: Sequence[LayerCache], rows: Tensor) -> Tensor:
+        """See the interface. Nobody checks positions, slots, block ids and `rows`."""
+        hidden, count = self._stack.hidden, len(x)
+        x = checked(x, torch.float32, (count, hidden), "x")
+        rows = checked(rows, torch.int64, (-1,), "rows")
+        self._attach(caches)
+        self._reserve(max(count, len(rows)))
+        y = torch.empty(len(rows), hidden)
+        sequences = len(layout.query_start) - 1
+        tensors = {
+            "query_start": checked(layout.query_start, torch.int32, (-1,), "query_start"),
+            "block_tables": checked(layout.block_tables, torch.int32, (sequences, -1), "block_tables"),
+            "positions": checked(layout.positions, torch.int32, (count,), "positions"),
+            "slots": checked(layout.slot_mapping, torch.int32, (count,), "slot_mapping"),
+            "wanted": rows,
+            "x": x,
+            "y": y,
+        }
+        step = _Step(
+            rows=count,
+            num_sequences=sequences,
+            max_blocks=layout.block_tables.shape[1],
+            num_wanted=len(rows),
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )
+        self._kernels.run_layers(self._stack, step, self._workspace)
+        return y
+
+    def _attach(self, caches: Sequence[LayerCache]) -> None:
+        """Point the layers at their caches, which seldom change."""
+        if len(caches) == len(self._caches) and all(map(_same, caches, self._caches)):
+            return
+        if len(caches) != len(self._layers):
+            raise ValueError(f"{len(caches)} caches for {len(self._layers)} layers")
+        for native, layer, cache in zip(self._native, self._layers, caches):
+            assert isinstance(cache, CpuCache)
+            check_heads(layer.heads, cache)
+            native.k_inverse, native.v_inverse = pointer(cache.k_inverse), pointer(cache.v_inverse)
+            native.k, native.v, native.k_scales, native.v_scales, _, _, native.cache_type = cache.arguments
+        self._caches = list(caches)
+
+    def _reserve(self, rows: int) -> None:
+        """Grow the workspace to hold a step of `rows`."""
+        if rows <= self._rows:
+            return
+        rows = (rows + 63) // 64 * 64
+        mlp_rows = min(rows, MLP_ROWS)
+        sizes = {"bytes": 0, "row_scale": rows * 4, "wide": 0, "q": 0, "heads": 0}
+        for layer in self._layers:
+            for product, most in ((layer.qkv, rows), (layer.out, rows), (layer.gate_up, mlp_rows), (layer.down, mlp_rows)):
+                stride = (product.in_features + 63) // 64 * 64
+                sizes["bytes"] = max(sizes["bytes"], most * product.format.limbs * stride)
+            q_bytes = rows * layer.out.in_features * 4
+            sizes["q"] = sizes["heads"] = max(sizes["q"], q_bytes)
+            wide = max(rows * layer.qkv.out_features, mlp_rows * layer.gate_up.out_features) * 4
+            sizes["wide"] = max(sizes["wide"], wide)
+        memory = self._kernels.new_memory()
+        buffers = {name: memory.empty((size,), torch.uint8) for name, size in sizes.items()}
+        self._buffers = list(buffers.values())
+        self._workspace = _Workspace(**{name: buffer.data_ptr() for name, buffer in buffers.items()}, mlp_rows=mlp_rows)
+        self._rows = rows
+
+
+class CpuLayers(CpuBase):
+    """`interface.StacksLayers`."""
+
+    def stack_layers(self, layers: Sequence[DenseLayer], cos_sin: Tensor) -> LayerStack | None:
+        """See the interface. All products must be int8, all layers of one width."""
+        products = [product for layer in layers for product in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        widths = {(layer.qkv.in_features, layer.out.out_features, layer.down.out_features) for layer in layers}
+        if not layers or len(widths) > 1 or not all(isinstance(product, CpuInt8Linear) for product in products):
+            return None
+        return CpuStack(self, layers, checked(cos_sin, torch.float32, (-1, -1), "cos_sin"))
+
+    def run_layers(self, stack: _Stack, step: _Step, workspace: _Workspace) -> None:
+        self._lib.octavo_run_layers(self._pool, *map(ctypes.addressof, (stack, step, workspace)))
+
+    def new_memory(self) -> WeightMemory:
+        """Memory on huge pages that goes when its tensors do."""
+        return WeightMemory(self._lib)
+
+
+def _same(a: LayerCache, b: LayerCache) -> bool:
+    return a is b
+
+
+def _describe(layer: DenseLayer) -> _Layer:
+    heads = layer.heads
+    norms = {name: pointer(getattr(layer, name)) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")}
+    return _Layer(
+        **norms,
+        **{name: _linear(getattr(layer, name)) for name in ("qkv", "out", "gate_up", "down")},
+        eps=layer.eps,
+        num_heads=heads.num_heads,
+        kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        window=heads.window or 0,
+        scale=heads.scale,
+    )
+
+
+def _linear(product: PackedLinear) -> _Linear:
+    assert isinstance(product, CpuInt8Linear)
+    form = product.format
+    return _Linear(ctypes.addressof(product.native), form.limbs, form.zero_point, form.static_scale or 0.0)

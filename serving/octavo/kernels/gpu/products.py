@@ -1,0 +1,181 @@
+"""Products on the GPU: packs weights, picks tiles and launches gemm.py.
+
+Integer results do not depend on tiles; float products have one tile for every number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.gpu import gemm
+from octavo.kernels.gpu.device import GpuBase, checked, round_up
+from octavo.kernels.gpu.rows import FLOAT_TYPES, STRIDE
+from octavo.kernels.gpu.tiles import GROUP_M, float_tile, int8_tile
+from octavo.kernels.interface import FLOAT, Activation, ActivationFormat, PackedLinear, Quantized
+from octavo.kernels.reference.products import check_int8, per_group
+
+SMALLEST_GROUP = 32  # inputs of one step of the tensor cores
+
+
+@dataclass(frozen=True)
+class GpuInt8Linear:
+    """Int8 weights [N, stride], zeros behind the inputs; scales and zero points [G, N]."""
+
+    in_features: int
+    out_features: int
+    format: ActivationFormat
+    weight: Tensor
+    scale: Tensor
+    correction: Tensor | None  # [G, N] int32: input zero point · Σ_k (w − zw)
+    zero_point: Tensor | None
+    bias: Tensor | None
+    group: int  # inputs of one group as they lie in `weight`; 0: one group
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.weight, self.scale, self.correction, self.zero_point, self.bias)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class GpuFloatLinear:
+    """Float weights [N, K] where they lie: a table shared with the embedding stays shared."""
+
+    weight: Tensor
+    bias: Tensor | None
+    format: ActivationFormat = FLOAT
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        return self.weight.numel() * self.weight.element_size() + bias
+
+
+class GpuProducts(GpuBase):
+    """`pack_int8`, `pack_float` and `linear` of `interface.Kernels`."""
+
+    def pack_int8(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        *,
+        format: ActivationFormat,
+        zero_point: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> GpuInt8Linear:
+        scale = per_group(scale.float(), weight=weight, name="scale")  # [N, G]
+        outputs, inputs = weight.shape
+        groups = scale.shape[1]
+        if zero_point is not None:
+            zero_point = per_group(zero_point.int(), weight=weight, name="zero_point").expand_as(scale)
+        check_int8(weight, zero_point, format=format, group_size=inputs // groups)
+        bias = None if bias is None else checked(bias.float(), torch.float32, (outputs,), "bias")
+        group = 0 if groups == 1 else round_up(inputs // groups, SMALLEST_GROUP)
+        spread = _spread(weight[None], groups=groups, group=group)[0]
+        return GpuInt8Linear(
+            in_features=inputs,
+            out_features=outputs,
+            format=format,
+            weight=spread.to(self.device),
+            scale=scale.T.contiguous().to(self.device),
+            correction=_correction(weight, zero_point, groups=groups, format=format, device=self.device),
+            zero_point=None if zero_point is None else zero_point.T.contiguous().to(self.device),
+            bias=None if bias is None else bias.to(self.device),
+            group=group,
+        )
+
+    def pack_float(self, weight: Tensor, *, bias: Tensor | None = None) -> GpuFloatLinear:
+        if weight.dtype not in FLOAT_TYPES or weight.dim() != 2:
+            raise ValueError(f"a float weight must be float32, float16 or bfloat16 [N, K], not {weight.dtype}")
+        bias = None if bias is None else checked(bias.float(), torch.float32, (weight.shape[0],), "bias")
+        return GpuFloatLinear(weight.contiguous().to(self.device), None if bias is None else bias.to(self.device))
+
+    def linear(self, x: Activation, weight: PackedLinear, *, residual: Tensor | None = None) -> Tensor:
+        rows = x.shape[0]
+        y = torch.empty(rows, weight.out_features, dtype=torch.float32, device=self.device)
+        if residual is not None:
+            residual = checked(residual, torch.float32, (rows, weight.out_features), "residual")
+        if isinstance(x, Quantized):
+            if not isinstance(weight, GpuInt8Linear) or x.format != weight.format or x.shape[1] != weight.in_features:
+                wanted = f"{weight.format} of {weight.in_features} inputs"
+                raise ValueError(f"the weight multiplies {wanted}, not {x.format} of {x.shape[1]}")
+            if rows:
+                self._integer_product(x, weight, residual, y)
+            return y
+        if not isinstance(weight, GpuFloatLinear):
+            raise ValueError(f"the weight multiplies {weight.format}, not floats")
+        x = checked(x, torch.float32, (-1, weight.in_features), "x")
+        if rows:
+            self._float_product(x, weight, residual, y)
+        return y
+
+    def _integer_product(self, x: Quantized, weight: GpuInt8Linear, residual: Tensor | None, y: Tensor) -> None:
+        rows, outputs, limbs = x.shape[0], weight.out_features, x.format.limbs
+        groups = weight.scale.shape[0]
+        q, inputs = x.q, weight.weight.shape[1]
+        if weight.group:
+            inputs = groups * weight.group
+            if weight.group * groups != weight.in_features:
+                q = _spread(q[:, :, : weight.in_features], groups=groups, group=weight.group)
+        tile = int8_tile(
+            rows, outputs, inputs, limbs=limbs, group=weight.group, residual=residual is not None, limits=self._limits
+        )
+        grid = (-(-rows // tile.block_m) * -(-outputs // tile.block_n),)
+        unused = weight.scale
+        gemm.int8_gemm[grid](
+            q, x.scale, weight.weight, weight.scale,
+            unused if weight.correction is None else weight.correction,
+            unused if weight.zero_point is None else weight.zero_point,
+            unused if weight.bias is None else weight.bias,
+            y if residual is None else residual, y, rows, outputs, inputs, q.shape[2],
+            STEPS_PER_GROUP=weight.group // tile.block_k, LIMBS=limbs, HAS_INPUT_ZERO=weight.correction is not None,
+            HAS_ZERO=weight.zero_point is not None, HAS_BIAS=weight.bias is not None,
+            HAS_RESIDUAL=residual is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            GROUP_M=GROUP_M, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def _float_product(self, x: Tensor, weight: GpuFloatLinear, residual: Tensor | None, y: Tensor) -> None:
+        rows, outputs, inputs = x.shape[0], weight.out_features, weight.in_features
+        tile = float_tile(weight.weight.dtype)
+        grid = (-(-rows // tile.block_m) * -(-outputs // tile.block_n),)
+        gemm.float_gemm[grid](
+            x, weight.weight, x if weight.bias is None else weight.bias, y if residual is None else residual, y,
+            rows, outputs, inputs, HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None,
+            EXACT_TF32=weight.weight.dtype != torch.float32, EVEN_K=inputs % tile.block_k == 0,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _spread(x: Tensor, *, groups: int, group: int) -> Tensor:
+    """[L, R, K] int8 as [L, R, stride]: each group padded to `group` (0: one group as it is), zeros behind."""
+    lead, inputs = x.shape[:2], x.shape[2]
+    size = inputs // groups
+    out = torch.zeros(*lead, round_up(groups * (group or size), STRIDE), dtype=torch.int8, device=x.device)
+    used = out[:, :, : groups * (group or size)].view(*lead, groups, group or size)
+    used[..., :size] = x.reshape(*lead, groups, size)
+    return out
+
+
+def _correction(
+    weight: Tensor, zero_point: Tensor | None, *, groups: int, format: ActivationFormat, device: torch.device
+) -> Tensor | None:
+    """Input zero point · Σ_k (w − zw), [G, N] int32; None without an input zero point."""
+    if format.zero_point == 0:
+        return None
+    size = weight.shape[1] // groups
+    sums = weight.reshape(weight.shape[0], groups, size).sum(dim=2, dtype=torch.int64)  # [N, G]
+    if zero_point is not None:
+        sums = sums - size * zero_point
+    return (sums * format.zero_point).T.to(torch.int32).contiguous().to(device)

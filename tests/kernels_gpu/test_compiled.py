@@ -1,0 +1,92 @@
+"""Every GPU kernel compiles for sm_80, sm_90 and sm_100, and its machine code stays within what budgets.json recorded.
+
+Needs triton-lang and its assembler, no GPU. Budgets hold for the version of triton-lang that they were recorded with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kernels_gpu.compiled import BUDGETS, CAPABILITIES, Case, Report, build
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton-lang is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
+
+import triton
+
+from kernels_gpu.cases import all_cases
+
+CASES = list(all_cases())
+RECORDED = "3.6."
+SLACK = 1.05  # a patch release of the assembler may move a few registers
+# What a plain test run compiles; the rest, and the other architectures, take a minute and are marked slow.
+QUICK = ("int8_gemm m16 n28672 limbs2", "int8_gemm m48 n28672 limbs2", "decode_segments d128 group4", "rope_write i8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
+    """Compiled code goes to a folder of this run."""
+    before = triton.knobs.cache.dir
+    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+    request.addfinalizer(lambda: setattr(triton.knobs.cache, "dir", before))
+
+
+def parameters() -> list[object]:
+    found: list[object] = []
+    for case in CASES:
+        for capability in CAPABILITIES:
+            quick = capability == 90 and any(case.name.startswith(name) for name in QUICK)
+            marks = () if quick else (pytest.mark.slow,)
+            found.append(pytest.param(case, capability, id=f"{case.name} sm_{capability}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("case", "capability"), parameters())
+def test_machine_code(case: Case, capability: int) -> None:
+    report = build(case, capability)
+    assert report.spills == 0
+    assert report.byte_loads == 0
+    if case.mma is not None:
+        assert report.mma
+        assert all(name.startswith(case.mma[capability]) for name in report.mma)
+    if case.name.startswith(("int8_gemm", "moe_combine", "rope_write bf16")):
+        assert report.fused == 0  # their operations round one by one; others divide, and a division is made of them
+    if triton.__version__.startswith(RECORDED):
+        within_budget(report, json.loads(BUDGETS.read_text())[case.name][str(capability)])
+
+
+def within_budget(report: Report, recorded: dict[str, float]) -> None:
+    assert report.registers <= min(255, recorded["registers"] * SLACK)
+    assert report.shared_bytes <= recorded["shared_bytes"]
+    assert report.instructions_per_byte <= recorded["instructions_per_byte"] * SLACK
+
+
+def test_budgets_name_every_case_and_nothing_else() -> None:
+    recorded = json.loads(BUDGETS.read_text())
+    assert sorted(recorded) == sorted(case.name for case in CASES)
+    assert all(sorted(entry) == sorted(map(str, CAPABILITIES)) for entry in recorded.values())
+
+
+def test_a_spilling_kernel_is_found() -> None:
+    """The report sees local memory: decode_segments with the registers of one thread cut by too many rows."""
+    case = next(case for case in CASES if case.name.startswith("decode_segments d256"))
+    crowded = Case(case.name, case.kernel, case.types, {**case.constants, "ROWS": 64}, loop_bytes=case.loop_bytes)
+    assert build(crowded, 80).spills > 0
+
+
+def test_every_kernel_file_has_a_case() -> None:
+    folder = Path(importlib.util.find_spec("octavo.kernels.gpu").submodule_search_locations[0])  # type: ignore
+    defined = set()
+    for path in folder.glob("*.py"):
+        for block in path.read_text().split("@triton.jit")[1:]:
+            name = block.split("def ", 1)[1].split("(", 1)[0]
+            if not name.startswith("_") and path.name != "arithmetic.py":
+                defined.add(name)
+    assert defined == {case.kernel.__name__ for case in CASES}

@@ -1,0 +1,46 @@
+"""Kernels in triton-lang's interpreter against the reference, each file in a process of its own.
+
+The interpreter is chosen when a kernel is defined, so it cannot share a process with the compiler's tests. Its bfloat16
+arithmetic is wrong: float caches run in float32 and float16, bfloat16 is left to compilation and to a real card.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CHECKS = ["check_products.py", "check_rows.py", "check_attention.py", "check_sampling.py"]
+
+
+def run(check: str, selection: str) -> None:
+    """Run one file of checks under the interpreter; its report is the failure's message."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", selection]
+    done = subprocess.run(
+        [*command, str(HERE / "interpreted" / check)],
+        cwd=HERE.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernels_equal_the_reference(check: str) -> None:
+    run(check, "not slow")
+
+
+@pytest.mark.slow
+def test_long_attention_equals_the_reference() -> None:
+    run("check_attention.py", "slow")
+
+
+def test_every_file_of_checks_is_run() -> None:
+    assert sorted(path.name for path in (HERE / "interpreted").glob("check_*.py")) == sorted(CHECKS)
