@@ -1,11 +1,14 @@
 # Each target is one line and is what CI and the README run. Uses the active virtual environment, else ./.venv.
 PYTHON := $(or $(VIRTUAL_ENV),.venv)/bin/python
 
-.PHONY: setup test test-full lint types bench format
+.PHONY: setup test test-full test-gpu lint types bench bench-gpu gpu-budgets format
 
 setup: ; @bash start_server.sh --install test
 test: setup lint types ; $(PYTHON) -m pytest -m "not slow"
 test-full: setup lint types ; $(PYTHON) -m pytest
+test-gpu: ; $(PYTHON) -m pytest tests/gpu tests/kernels_gpu
+bench-gpu: ; $(PYTHON) benchmarks/gpu/bench.py --json benchmarks/results/gpu.json
+gpu-budgets: ; cd tests && PYTHONPATH=.:../serving $(abspath $(PYTHON)) -m kernels_gpu.compiled --write
 lint: ; $(PYTHON) -m ruff check .
 types: ; $(PYTHON) -m mypy -p octavo.protocol -p octavo.scheduling -p octavo_client
 bench: ; $(PYTHON) -m octavo.cli.main bench

@@ -37,7 +37,10 @@ SERVER = [
     "uvloop>=0.21",
 ]
 
+GPU = ["triton==3.6.*"]  # the kernel language; its interpreter and compiler work without a card, so the tests have it
+
 TEST = [
+    *GPU,
     "compressed-tensors>=0.14",
     "hypothesis>=6.100",
     "mypy>=1.14",
@@ -88,7 +91,7 @@ setup(
         "octavo.kernels.cpu": ["csrc/*.cpp", "csrc/*.h"],
     },
     install_requires=CLIENT,
-    extras_require={"server": SERVER, "test": TEST},
+    extras_require={"server": SERVER, "gpu": GPU, "test": TEST},
     entry_points={"console_scripts": ["octavo = octavo.cli.main:main"]},
     cmdclass={"build_py": BuildWithKernels},
 )

@@ -14,8 +14,9 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), 
 
 
 def test_the_generated_tables_are_up_to_date() -> None:
-    result = subprocess.run([sys.executable, "docs/tables.py", "--check"], cwd=REPOSITORY, text=True, capture_output=True,
-                            env={"PYTHONPATH": f"{REPOSITORY}/serving:{REPOSITORY}/client"}, check=False)  # fmt: skip
+    command = [sys.executable, "docs/tables.py", "--check"]
+    environ = {"PYTHONPATH": f"{REPOSITORY}/serving:{REPOSITORY}/client"}
+    result = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, env=environ, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kernels_gpu.compiled import Case
 from octavo.kernels.gpu import attention_kernels, cache_kernels, gemm, row_kernels, sampling_kernels
+from octavo.kernels.gpu.attention import prompt_warps
 from octavo.kernels.gpu.device import DeviceLimits, row_warps
 from octavo.kernels.gpu.tiles import GROUP_M, float_tile, int8_tile
 
@@ -94,13 +95,13 @@ def _attention() -> Iterator[Case]:
             _types(names, k_ptr="*i8", v_ptr="*i8", **integers), constants, mma=INTEGER, loop_bytes=2 * 128 * head_dim,
         )  # fmt: skip
     names = attention_kernels.prompt_rows.arg_names
-    for head_dim, kind in ((128, "i8"), (64, "i8"), (128, "bf16")):
+    for head_dim, kind in ((128, "i8"), (64, "i8"), (256, "i8"), (128, "bf16")):
         int8 = kind == "i8"
         constants = _heads(head_dim, 4, 0) | {"ROWS": 16, "INT8": int8, "EXACT_TF32": not int8}
         yield Case(
             f"prompt_rows d{head_dim} {kind}", attention_kernels.prompt_rows,
             _types(names, k_ptr=f"*{kind}", v_ptr=f"*{kind}", **integers), constants,
-            num_warps=4 if int8 else 8, num_stages=2 if int8 else 1, mma=INTEGER if int8 else FLOAT,
+            num_warps=prompt_warps(int8, head_dim), num_stages=2 if int8 else 1, mma=INTEGER if int8 else FLOAT,
             loop_bytes=2 * 128 * head_dim * (1 if int8 else 2),
         )  # fmt: skip
     names = attention_kernels.reduce_segments.arg_names

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,22 +28,26 @@ CASES = list(all_cases())
 RECORDED = "3.6."
 SLACK = 1.05  # a patch release of the assembler may move a few registers
 # What a plain test run compiles; the rest, and the other architectures, take a minute and are marked slow.
-QUICK = ("int8_gemm m16 n28672 limbs2", "int8_gemm m48 n28672 limbs2", "decode_segments d128 group4", "rope_write i8")
+QUICK = {
+    90: ("int8_gemm m16 n28672 limbs2", "int8_gemm m48 n28672 limbs2", "decode_segments d128 group4", "rope_write i8"),
+    100: ("int8_gemm m1 n4096 limbs2", "rope_write bf16", "moe_combine"),  # whose assembler likes to fuse
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled code goes to a folder of this run."""
     before = triton.knobs.cache.dir
     triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    request.addfinalizer(lambda: setattr(triton.knobs.cache, "dir", before))
+    yield
+    triton.knobs.cache.dir = before
 
 
 def parameters() -> list[object]:
     found: list[object] = []
     for case in CASES:
         for capability in CAPABILITIES:
-            quick = capability == 90 and any(case.name.startswith(name) for name in QUICK)
+            quick = case.name.startswith(QUICK.get(capability, ("none",)))
             marks = () if quick else (pytest.mark.slow,)
             found.append(pytest.param(case, capability, id=f"{case.name} sm_{capability}", marks=marks))
     return found

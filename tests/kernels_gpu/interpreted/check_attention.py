@@ -18,7 +18,13 @@ ERROR_OF_EXP = 1e-4  # of the largest output: an integer of P may move by one
 
 
 def fed(
-    kernels: Kernels, heads: HeadLayout, lengths: list[int], steps: list[dict[int, int]], *, dtype: torch.dtype, seed: int
+    kernels: Kernels,
+    heads: HeadLayout,
+    lengths: list[int],
+    steps: list[dict[int, int]],
+    *,
+    dtype: torch.dtype,
+    seed: int,
 ) -> Sequences:
     """Sequences of these lengths, fed step by step."""
     blocks, num_blocks = blocks_for(lengths, seed=seed)
@@ -75,7 +81,9 @@ def test_segments_fold_to_the_bits_of_the_prompt(
     assert torch.equal(whole.result(0), parts.result(0))
 
 
-def written(kernels: Kernels, spec: CacheSpec, heads: HeadLayout, rows: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+def written(
+    kernels: Kernels, spec: CacheSpec, heads: HeadLayout, rows: torch.Tensor, **options: Any
+) -> list[torch.Tensor]:
     """q and the cache's rows after one step."""
     cache = kernels.make_cache(spec, 4)
     table = options.pop("table", angles(70, heads.head_dim))

@@ -21,7 +21,9 @@ GPU = GpuKernels(torch.device("cpu"))
 REFERENCE = ReferenceKernels()
 
 
-def product(kernels: Kernels, x: Tensor, weight: Tensor, *, groups: int, format: ActivationFormat, zero: bool) -> Tensor:
+def product(
+    kernels: Kernels, x: Tensor, weight: Tensor, *, groups: int, format: ActivationFormat, zero: bool
+) -> Tensor:
     """One product with everything that its epilogue can have; weights and scales come from fixed seeds."""
     generator = torch.Generator().manual_seed(7)
     outputs = len(weight)

@@ -1,7 +1,8 @@
 """What all GPU kernels compute with: rounding, quantisation, limbs, exp. Functions of triton-lang, inlined in kernels.
 
-Every kernel is launched with fused multiply-add switched off, and products that feed sums go through `rounded`, so
-each operation rounds once, as the interface words it. Nothing here depends on the tile's shape: a row has the same bits in any kernel.
+Every kernel is launched with fused multiply-add switched off, and products that feed sums go through `rounded`, so each
+operation rounds once, as the interface words it. Nothing here depends on the tile's shape: a row has the same bits in
+any kernel.
 """
 
 from __future__ import annotations

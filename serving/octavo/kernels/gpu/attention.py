@@ -58,7 +58,8 @@ class GpuAttention(GpuCacheWriter):
             layout.block_tables, partial, stats, layout.block_tables.shape[1], heads.scale, max_rows,
             WINDOW=heads.window or 0, KV=heads.num_kv_heads, GROUP=num_heads // heads.num_kv_heads, GROUP_PAD=group,
             D=heads.head_dim, D_PAD=cache.head_pad, BLOCK_D=_block(heads), ROWS=max(DECODE_ROWS, group), INT8=True,
-            EXACT_TF32=False, PACKED=self._limits.capability >= (10, 0), num_warps=4, num_stages=3, enable_fp_fusion=False,
+            EXACT_TF32=False, PACKED=self._limits.capability >= (10, 0), num_warps=4, num_stages=3,
+            enable_fp_fusion=False,
         )  # fmt: skip
         attention_kernels.reduce_segments[(sequences, num_heads, max_rows)](
             partial, stats, layout.query_start, layout.seq_lens, out, segments, max_rows, WINDOW=heads.window or 0,
@@ -79,9 +80,14 @@ class GpuAttention(GpuCacheWriter):
             WINDOW=heads.window or 0, KV=heads.num_kv_heads, GROUP=heads.num_heads // heads.num_kv_heads,
             GROUP_PAD=group, D=heads.head_dim, D_PAD=cache.head_pad, BLOCK_D=_block(heads), ROWS=rows, INT8=int8,
             EXACT_TF32=cache.spec.dtype in (torch.float16, torch.bfloat16),
-            PACKED=self._limits.capability >= (10, 0), num_warps=4 if int8 else 8,
+            PACKED=self._limits.capability >= (10, 0), num_warps=prompt_warps(int8, heads.head_dim),
             num_stages=2 if int8 else 1, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def prompt_warps(int8: bool, head_dim: int) -> int:
+    """Warps of prompt_rows: as many as keep its sums in registers. Integer sums have the same bits with any number."""
+    return 4 if int8 and head_dim <= 128 else 8
 
 
 def _block(heads: HeadLayout) -> int:

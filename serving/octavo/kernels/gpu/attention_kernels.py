@@ -67,7 +67,7 @@ def decode_segments(
     start = segment * SEGMENT
     if (num_rows > max_rows) | (num_rows == 0) | (start >= seq_len):
         return
-    if WINDOW > 0:  # the first row's window ends before this segment: so do all
+    if WINDOW > 0:  # noqa: SIM102  # the first row's window begins behind this segment: so do all
         if start + SEGMENT <= seq_len - num_rows + 1 - WINDOW:
             return
     LIMBS: tl.constexpr = 2 if INT8 else 1
@@ -181,7 +181,7 @@ def prompt_rows(
     start = 0
     if WINDOW > 0:
         start = tl.maximum(0, seq_len - num_rows + tile * QUERIES + 1 - WINDOW) // SEGMENT * SEGMENT
-    if WINDOW > 0:
+    if WINDOW > 0:  # noqa: SIM108
         full = start
     else:  # the first row, and with it all, sees everything before here
         full = (seq_len - num_rows + tile * QUERIES + 1) // SEGMENT * SEGMENT
@@ -247,7 +247,7 @@ def _queries(q_ptr, at, valid, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, RO
 
 @triton.jit
 def _unstack(sums, ROWS: tl.constexpr):
-    """256 · hi + lo of the sums [2 · ROWS, N] of a stacked product, float32 [ROWS, N]. Below 2^31: see the interface."""
+    """256 · hi + lo of the sums [2 · ROWS, N] of a stacked product, float32 [ROWS, N]."""
     N: tl.constexpr = sums.shape[1]
     high, low = tl.split(tl.permute(tl.reshape(sums, (2, ROWS, N)), (1, 2, 0)))
     return ((high << 8) + low).to(tl.float32)

@@ -1,8 +1,8 @@
 """The products as kernels. int8: one or two limbs of activations on the tensor cores, scales and sums in the epilogue.
 
 Integer sums are exact, so tiles are chosen for speed alone: every tile gives a row the same bits. Group scales add up
-in ascending K. Weights lie [N, stride] with zeros behind K, activations [limbs, M, stride]. The float product has one tile
-for every M, so the order of its sums never changes.
+in ascending K. Weights lie [N, stride] with zeros behind K, activations [limbs, M, stride]. The float product has one
+tile for every M, so the order of its sums never changes.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def quantize_rows(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0)
-    if HAS_ABSMAX:
+    if HAS_ABSMAX:  # noqa: SIM108
         absmax = tl.load(absmax_ptr + row)
     else:
         absmax = tl.max(tl.abs(x), 0)

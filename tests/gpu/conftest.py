@@ -1,0 +1,36 @@
+"""Tests that need a card: `make test-gpu`. Skipped without one. They make their own inputs on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from octavo.kernels.choose import choose
+from octavo.kernels.interface import Kernels
+from octavo.kernels.reference import ReferenceKernels
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is below this folder where torch finds no card."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.path.parent.name == "gpu":
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Kernels:
+    """The GPU backend, proven by its self-test."""
+    return choose("auto", device=torch.device("cuda"))
+
+
+@pytest.fixture(scope="session")
+def reference() -> Kernels:
+    """The specification, on the CPU."""
+    return ReferenceKernels()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random inputs in every run."""
+    torch.manual_seed(20261123)
