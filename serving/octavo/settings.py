@@ -177,7 +177,7 @@ VARIABLES: tuple[Variable, ...] = (
     _variable(
         "KERNELS",
         "kernels",
-        choice("auto", "reference", "avx2", "avx512"),
+        choice("auto", "reference", "avx2", "avx512", "gpu"),
         "auto",
         "kernel backend; auto: the fastest one that passes its self-test here",
     ),

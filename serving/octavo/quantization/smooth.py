@@ -7,6 +7,7 @@ them is exact in every float type. Strengths are searched by measured error. Pur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def search_channels(
         for weight, output in zip(weights, wanted):
             rounded = dequantize(round_nearest(weight * factors, group_size=group_size))
             lost += float((x @ rounded.T - output).double().square().sum())
-        return (lost / energy) ** 0.5
+        return math.sqrt(lost / energy)
 
     shared, counted = _over_groups(maxima, groups), _over_groups(columns, groups)
     none = torch.ones_like(maxima)
@@ -99,14 +100,14 @@ def search_keys(q: Tensor, k: Tensor, maxima: Tensor, *, shared: bool, per_head:
     same factors (they are folded into a norm). A head's maxima are levelled within it, and between the heads too.
     """
     counted = maxima.amax(dim=0, keepdim=True).expand_as(maxima) if shared else maxima
-    wanted = torch.einsum("mhgd,nhd->hgmn", q, k)
+    wanted = _centred(torch.einsum("mhgd,nhd->hgmn", q, k))
     energy = float(wanted.double().square().sum()) or 1.0
 
     def error(factors: Tensor) -> float:
         scale = key_scale(maxima / factors, per_head=per_head)
         rounded = round_static(k / factors, scale[:, None])
-        scores = torch.einsum("mhgd,nhd->hgmn", q * factors[:, None], rounded)
-        return (float((scores - wanted).double().square().sum()) / energy) ** 0.5
+        scores = _centred(torch.einsum("mhgd,nhd->hgmn", q * factors[:, None], rounded))
+        return math.sqrt(float((scores - wanted).double().square().sum()) / energy)
 
     flat = counted.reshape(1, -1)  # one maximum for all: heads are levelled too
     tried = [(0.0, torch.ones_like(maxima))]
@@ -118,6 +119,11 @@ def key_scale(maxima: Tensor, *, per_head: bool) -> Tensor:
     """Static cache scales from maxima [kv_heads, D]: [kv_heads] if per head, else [1]."""
     found = maxima.amax(dim=-1) if per_head else maxima.max().reshape(1)
     return found.clamp_min(TINY) / 127.5
+
+
+def _centred(scores: Tensor) -> Tensor:
+    """Without what all keys share: a softmax does not see it, and a large bias would hide the rest."""
+    return scores - scores.mean(dim=-1, keepdim=True)
 
 
 def _middle(raw: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""Calibration text as token ids: from a file of texts or messages, or written by the model itself.
+
+Runs once before a checkpoint is made. Knows tokens, not layers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.engine.llm import LLM, SamplingParams
+from octavo.protocol.errors import InvalidRequest
+from octavo.quantization.errors import CheckpointError
+from octavo.text.tokenizer import Tokenizer
+
+HELD_OUT_EVERY = 5  # of the sequences one in five is kept for the measurement
+SELF = "self"
+MIN_TOKENS = 8  # a sequence shorter than that says little
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids: what the recipe may see, and what its result is measured on."""
+
+    calibration: list[list[int]]
+    held_out: list[list[int]]
+
+
+def split(sequences: Sequence[list[int]], *, num_samples: int, seed: int) -> CalibrationText:
+    """Draw `num_samples` and keep some of them apart. Raises CheckpointError if there is too little."""
+    usable = [ids for ids in sequences if len(ids) >= MIN_TOKENS]
+    if len(usable) < 2:
+        raise CheckpointError(
+            f"--calibration: {len(usable)} sequences of at least {MIN_TOKENS} tokens; two or more are needed"
+        )
+    drawn = random.Random(seed).sample(usable, min(num_samples, len(usable)))
+    every = min(HELD_OUT_EVERY, len(drawn))
+    held_out = drawn[every - 1 :: every]
+    return CalibrationText([ids for i, ids in enumerate(drawn) if i % every != every - 1], held_out)
+
+
+def read_text(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[list[int]]:
+    """Sequences of at most `max_tokens` of a jsonl file; longer texts become several. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"--calibration {path}: no such file (give a .jsonl of texts or messages, or `{SELF}`)")
+    found = []
+    for number, line in _lines(path):
+        ids = _encode(line, tokenizer, where=f"{path.name} line {number}")
+        found += [ids[low : low + max_tokens] for low in range(0, len(ids), max_tokens)]
+    return found
+
+
+def write_own_text(folder: Path, *, num_sequences: int, max_tokens: int, seed: int, progress: bool) -> list[list[int]]:
+    """Text by the model itself: after its first token, and one at random, it goes on as it likes."""
+    with LLM(folder, weight_quant="none", use_cache_kv_int8=False, progress=progress) as llm:
+        first = llm.tokenizer.encode("", add_special_tokens=True)
+        ordinary = [i for i in range(llm.info.vocab_size) if i not in llm.tokenizer.special_ids]
+        rng = random.Random(seed)
+        prompts = [[*first, rng.choice(ordinary)] for _ in range(num_sequences)]
+        ends = tuple(sorted({*llm.info.end_token_ids, *llm.tokenizer.eos_ids}))
+        length = max_tokens - len(first) - 1
+        params = [SamplingParams(max_tokens=length, end_token_ids=ends, seed=rng.getrandbits(63)) for _ in prompts]
+        completions = llm.generate(prompts, params, progress=progress)
+    return [[*prompt, *completion.token_ids] for prompt, completion in zip(prompts, completions)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The objects of the file with their line numbers."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"--calibration {path}: cannot be read: {error}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            raise CheckpointError(f"{path.name} line {number}: is not JSON") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f'{path.name} line {number}: must be an object with "text" or "messages"')
+        yield number, value
+
+
+def _encode(line: dict[str, object], tokenizer: Tokenizer, *, where: str) -> list[int]:
+    text, messages = line.get("text"), line.get("messages")
+    if isinstance(text, str):
+        return tokenizer.encode(text, add_special_tokens=True)
+    if not isinstance(messages, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in messages
+    ):
+        raise CheckpointError(f'{where}: needs "text" (a string) or "messages" (a list of role and content)')
+    if tokenizer.chat_template is None:
+        raise CheckpointError(f'{where}: has "messages", but the model has no chat template; give "text"')
+    try:
+        return tokenizer.encode(tokenizer.chat_template.render(messages, add_generation_prompt=False))
+    except InvalidRequest as error:
+        raise CheckpointError(f"{where}: {error}") from None

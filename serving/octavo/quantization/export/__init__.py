@@ -1,0 +1,1 @@
+"""Making an int8 checkpoint of a float one: `quantize` in `sweep.py` does it, layer by layer. Offline, one process."""
