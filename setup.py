@@ -37,8 +37,8 @@ SERVER = [
     "uvloop>=0.21",
 ]
 
-# The kernel language. Not among the tests' packages: torch's CUDA build pins a version of its own, its CPU build has none,
-# and the recorded compile budgets are those of 3.6. tests/kernels_gpu runs where it is installed.
+# The kernel language. Not among the tests' packages: torch's CUDA build pins a version of its own, its CPU build has
+# none, and the recorded compile budgets are those of 3.6. tests/kernels_gpu runs where it is installed.
 GPU = ["triton>=3.6"]
 
 TEST = [

@@ -2,14 +2,15 @@
 
     python benchmarks/cpu.py [--schemes w8a8 w8a16] [--parts decode prompt load] [--runs 5] [--folder DIR]
 
-Makes the model once (random weights by a seed, about 1.2 GB, outside the repository), loads it as the server does, and drives
-the engine's own loop in this process. Ceilings are measured before and after; figures are medians. Writes
+Makes the model once (random weights by a seed, about 1.2 GB, outside the repository), loads it as the server does, and
+drives the engine's own loop in this process. Ceilings are measured before and after; figures are medians. Writes
 benchmarks/results/cpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -248,6 +249,8 @@ def resident_mib() -> float:
 def measure_scheme(folder: Path, scheme: str, args: argparse.Namespace) -> dict[str, object]:
     before = resident_mib()
     engine = Engine.load(folder, scheme, threads=args.threads, kernels=args.kernels)
+    gc.collect()
+    gc.freeze()  # as the engine's process does
     engine.add(64, 4)
     engine.drain()
     figures: dict[str, object] = {"load_seconds": engine.load_seconds}
@@ -279,7 +282,8 @@ def report(scheme: str, figures: dict[str, object], *, read: float, products: fl
         rows = tokens if kind == "decode" else 1
         least = limit(tokens, limbs, read=read, products=products, logits=rows)
         share = f"{value['median'] * least / tokens:6.0%}" if least else "     -"
-        print(f"  {name:12} {value['median']:8.1f} tok/s  (best {value['best']:.1f}, worst {value['worst']:.1f})  {share} of the limit")
+        spread = f"(best {value['best']:.1f}, worst {value['worst']:.1f})"
+        print(f"  {name:12} {value['median']:8.1f} tok/s  {spread:32} {share} of the limit")
 
 
 def main() -> None:
@@ -301,8 +305,12 @@ def main() -> None:
     print(f"limits: {read:.1f} GB/s, {products:.0f} GOPS with {args.threads} threads; load average {load_before:.1f}")
     for scheme, figures in results.items():
         report(scheme, figures, read=read, products=products)
-    machine = {"processor": platform.processor() or platform.machine(), "threads": args.threads, "date": time.strftime("%Y-%m-%d")}
-    machine["load_average"] = [load_before, os.getloadavg()[0]]
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": args.threads,
+        "date": time.strftime("%Y-%m-%d"),
+        "load_average": [load_before, os.getloadavg()[0]],
+    }
     limits = {"read_gb_s": read, "int8_gops": products}
     args.output.write_text(json.dumps({"machine": machine, "limits": limits, **results}, indent=1) + "\n")
 

@@ -306,7 +306,9 @@ def test_a_failed_step_is_an_error_and_the_engine_goes_on(run):
     assert peer.outputs_until_finished(2)[2][-1].finish_reason == "length"
 
 
-def test_an_unknown_failure_ends_every_sequence_and_the_engine(run):
+def test_an_unknown_failure_ends_the_engine_and_no_sequence(run):
+    """Its front end has the tokens and replays them in the next engine: nobody gets an error that is not theirs."""
+
     def crash(plan: StepPlan) -> None:
         if len(plan.sequences) == 2:
             raise KeyError("bug")
@@ -315,10 +317,10 @@ def test_an_unknown_failure_ends_every_sequence_and_the_engine(run):
     peer = server.peer()
     peer.attach()
     peer.send(submit(1, max_tokens=900), submit(2, max_tokens=900))
-    outputs = peer.outputs_until_finished(1, 2)
-    assert {outputs[seq_id][-1].finish_reason for seq_id in (1, 2)} == {"error"}
     server.thread.join(SECONDS)
     assert isinstance(server.result[0], KeyError)
+    while (message := peer.receive(0.5)) is not None:
+        assert not any(output.finish_reason for output in getattr(message, "outputs", ()))
     assert server.core.runner.closed
 
 

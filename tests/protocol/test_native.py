@@ -55,7 +55,10 @@ def parse(**body: object) -> Request:
     ({"logit_bias": {"x": 1}}, "logit_bias ('x') must be an object whose keys are token ids"),
     ({"logit_bias": {"1": 101}}, "logit_bias[1] (101) must be in [-100, 100]"),
     ({"logit_bias": {str(k): 0 for k in range(1025)}}, "logit_bias has 1025 entries; at most 1024 are allowed"),
-    ({"infer_seed": 1 << 64}, "infer_seed (18446744073709551616) must be in [-9223372036854775808, 18446744073709551615]"),
+    (
+        {"infer_seed": 1 << 64},
+        "infer_seed (18446744073709551616) must be in [-9223372036854775808, 18446744073709551615]",
+    ),
     ({"eos_token_ids": "x"}, "eos_token_ids must be a whole number, not a string"),
     ({"generated_token_ids": [1, -1]}, "generated_token_ids[1] (-1) must be in [0, 2147483647]"),
     ({"generated_token_ids": [1, True]}, "generated_token_ids[1] must be a whole number, not a boolean"),

@@ -7,6 +7,7 @@ Codes 2 to 4 come with one line on stderr. Torch is imported by the loading thre
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import select
@@ -81,6 +82,8 @@ def loader(settings: Settings) -> Callable[[Progress], EngineCore]:
         from octavo.engine.runner import load_runner  # torch: heavy, so only now
 
         runner = load_runner(settings, progress)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: the collector need not look at it between steps
         budget = settings.max_num_batched_tokens or default_budget(runner.info)
         scheduler = make_scheduler(runner.info, max_num_batched_tokens=budget, prefix_cache=settings.prefix_cache)
         return EngineCore(scheduler, runner, time.monotonic)

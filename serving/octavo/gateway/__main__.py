@@ -2,7 +2,8 @@
 
 One process, one event loop. With --fd it serves the listening socket that its parent opened and ends with that
 parent; without, it binds HOST:PUSH_MODE_HTTP_PORT itself. SIGTERM: no new connections, running requests get
-DRAIN_SECONDS to end (a few seconds under a parent, which drains first). Exit codes: 0 asked to end, 2 bad settings, 3 port in use.
+DRAIN_SECONDS to end (a few seconds under a parent, which drains first). Exit codes: 0 asked to end, 2 bad settings,
+3 port in use.
 """
 
 from __future__ import annotations

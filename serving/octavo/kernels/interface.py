@@ -164,13 +164,13 @@ class Kernels(Protocol):
     ) -> PackedLinear:
         """Pack once at load. The product is
 
-            acc_l[m, n, g] = Σ_k (xq_l[m, k] - zx) · (wq[n, k] - zw[n, g])      exact, per limb l and group g
-            t[m, n, g]     = f32(acc_1)                                          limbs 1
-                           = f32(acc_hi) · 256 + f32(acc_lo)                     limbs 2
-            u[m, n]        = t[m, n] · sw[n]                                     one group
-                           = ((0 + t[m, n, 0] · sw[n, 0]) + t[m, n, 1] · sw[n, 1]) + …   ascending g
-            y[m, n]        = u · sx[m] (+ b[n]) (+ residual[m, n])               each a float32 operation, no fused
-            multiply-add
+        acc_l[m, n, g] = Σ_k (xq_l[m, k] - zx) · (wq[n, k] - zw[n, g])      exact, per limb l and group g
+        t[m, n, g]     = f32(acc_1)                                          limbs 1
+                       = f32(acc_hi) · 256 + f32(acc_lo)                     limbs 2
+        u[m, n]        = t[m, n] · sw[n]                                     one group
+                       = ((0 + t[m, n, 0] · sw[n, 0]) + t[m, n, 1] · sw[n, 1]) + …   ascending g
+        y[m, n]        = u · sx[m] (+ b[n]) (+ residual[m, n])               each a float32 operation, no fused
+        multiply-add
         """
         ...
 
@@ -319,7 +319,11 @@ class LayerStack(Protocol):
     """Consecutive layers of a model."""
 
     def run(
-        self, x: Tensor, layout: BatchLayout, caches: Sequence[LayerCache], rows: Tensor  # [R] int64
+        self,
+        x: Tensor,
+        layout: BatchLayout,
+        caches: Sequence[LayerCache],
+        rows: Tensor,  # [R] int64
     ) -> Tensor:
         """[M, H] float32, changed, → the residual stream of `rows` after the last layer, [R, H] float32, new memory.
         The bits are those of the operations one by one. Without rows the last layer only writes its cache.

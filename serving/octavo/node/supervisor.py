@@ -95,7 +95,10 @@ class Supervisor:
         return [
             self._keep("engine", self._start_engine, self._watch.engine),
             self._keep("triton", self._start_triton, self._wait_triton),
-            *(self._keep(name, partial(self._start_gateway, name), self._wait_gateway) for name in self._plan.gateway_names),
+            *(
+                self._keep(name, partial(self._start_gateway, name), self._wait_gateway)
+                for name in self._plan.gateway_names
+            ),
             *self.monitor.work(),
             watch_logs(logs),
             self._announce(),
@@ -161,7 +164,8 @@ class Supervisor:
         deaths.last = f"killed: it {child.trouble}" if child.trouble else exit_text(code)
         delay = deaths.record(self._clock(), limit=limit, served_at=self.monitor.seen.finished_at)
         if delay is None:
-            raise NodeError(f"{name} died {limit} times in a row, last with {deaths.last}: {reason or 'it said nothing'}")
+            reason = reason or "it said nothing"
+            raise NodeError(f"{name} died {limit} times in a row, last with {deaths.last}: {reason}")
         log.warning("%s died (%s); starting it again", name, deaths.last)
         return delay
 

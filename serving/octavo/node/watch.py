@@ -69,8 +69,9 @@ def engine_trouble(seen: Observed, *, started: float, now: float) -> str:
     if now - seen.info_at > FRESH_SECONDS or not isinstance(times, dict):
         return ""
     heard_at, attached_at = float(times["heard_at"]), float(times["attached_at"])
-    silence = now - max(heard_at, started, seen.front_end_at)
-    if attached_at <= max(started, seen.front_end_at):  # it loads, or does not know this front end yet
+    silence = now - max(heard_at, started)
+    if attached_at <= started:  # it loads, or is in a long step of an earlier front end
+        silence = min(silence, now - seen.front_end_at)
         return f"has been silent for {silence:.1f} s" if silence > LOAD_SILENCE_SECONDS else ""
     deadline = float(engine.get("step_deadline") or 0.0) if isinstance(engine, dict) else 0.0
     if silence <= ENGINE_SILENCE_SECONDS or now <= deadline + STEP_MARGIN_SECONDS:
@@ -146,7 +147,7 @@ class Watch:
     async def _triton_trouble(self, child: Child) -> str:
         """Wait until something is wrong with Triton or its stub, and say what."""
         trouble = await self._stub_trouble(child)
-        if self._monitor.seen.info_at < child.started:
+        if not self._monitor.seen.ever_ready:
             await asyncio.wait({child.exited}, timeout=TRITON_EXPLAINS_SECONDS)
         return trouble
 

@@ -1,6 +1,7 @@
 """Whole decoder layers in one native call: describes them to csrc/layers.cpp and owns the workspace.
 
-Runs in the engine's thread, like all kernels. Serves layers whose products are all int8; others run one operation at a time.
+Runs in the engine's thread, like all kernels. Serves layers whose products are all int8; others run one operation at a
+time.
 """
 
 from __future__ import annotations
@@ -125,22 +126,13 @@ class CpuStack:
         """Grow the workspace to hold a step of `rows`."""
         if rows <= self._rows:
             return
-        rows = (rows + 63) // 64 * 64
-        mlp_rows = min(rows, MLP_ROWS)
-        sizes = {"bytes": 0, "row_scale": rows * 4, "wide": 0, "q": 0, "heads": 0}
-        for layer in self._layers:
-            for product, most in ((layer.qkv, rows), (layer.out, rows), (layer.gate_up, mlp_rows), (layer.down, mlp_rows)):
-                stride = (product.in_features + 63) // 64 * 64
-                sizes["bytes"] = max(sizes["bytes"], most * product.format.limbs * stride)
-            q_bytes = rows * layer.out.in_features * 4
-            sizes["q"] = sizes["heads"] = max(sizes["q"], q_bytes)
-            wide = max(rows * layer.qkv.out_features, mlp_rows * layer.gate_up.out_features) * 4
-            sizes["wide"] = max(sizes["wide"], wide)
+        self._rows = (rows + 63) // 64 * 64
+        mlp_rows = min(self._rows, MLP_ROWS)
         memory = self._kernels.new_memory()
+        sizes = _workspace_bytes(self._layers, rows=self._rows, mlp_rows=mlp_rows)
         buffers = {name: memory.empty((size,), torch.uint8) for name, size in sizes.items()}
         self._buffers = list(buffers.values())
         self._workspace = _Workspace(**{name: buffer.data_ptr() for name, buffer in buffers.items()}, mlp_rows=mlp_rows)
-        self._rows = rows
 
 
 class CpuLayers(CpuBase):
@@ -160,6 +152,21 @@ class CpuLayers(CpuBase):
     def new_memory(self) -> WeightMemory:
         """Memory on huge pages that goes when its tensors do."""
         return WeightMemory(self._lib)
+
+
+def _workspace_bytes(layers: Sequence[DenseLayer], *, rows: int, mlp_rows: int) -> dict[str, int]:
+    """What the largest layer needs: quantised inputs and their scales, the widest result, queries, and heads."""
+
+    def quantized(product: PackedLinear, count: int) -> int:
+        return count * product.format.limbs * ((product.in_features + 63) // 64 * 64)
+
+    inputs, wide, queries = 0, 0, 0
+    for layer in layers:
+        inputs = max(inputs, *(quantized(product, rows) for product in (layer.qkv, layer.out)))
+        inputs = max(inputs, *(quantized(product, mlp_rows) for product in (layer.gate_up, layer.down)))
+        wide = max(wide, rows * layer.qkv.out_features, mlp_rows * layer.gate_up.out_features)
+        queries = max(queries, rows * layer.out.in_features)
+    return {"bytes": inputs, "row_scale": rows * 4, "wide": wide * 4, "q": queries * 4, "heads": queries * 4}
 
 
 def _same(a: LayerCache, b: LayerCache) -> bool:

@@ -55,6 +55,7 @@ struct Partials {
 };
 
 constexpr int64_t kSegment = kTile * kTilesPerSegment;
+constexpr int64_t kLongestRun = 8;  // parts that a thread takes at once, so that it knows what comes next
 constexpr int64_t kTargetRows =
     64;  // of a unit: enough that reading a tile costs nothing, few enough for the first cache
 
@@ -98,20 +99,35 @@ int64_t make_parts(const Call& call, int num_threads, std::vector<Unit>& units, 
   return num_partials;
 }
 
-TileView view_tile(const Call& call, const Unit& unit, int64_t tile) {
+// Where a tile of a unit lies.
+struct Place {
+  const Unit* unit;
+  int64_t tile;
+};
+
+int64_t block_of(const Call& call, const Place& at, int half) {
+  // past the table: nothing there is visible
+  const int64_t index = std::min<int64_t>(at.tile * 2 + half, call.max_blocks - 1);
+  return call.block_tables[at.unit->sequence * call.max_blocks + index];
+}
+
+// `next` is what this thread will read after `at`: its scales are fetched here, its rows while this tile's are read.
+TileView view_tile(const Call& call, const Place& at, const Place& next) {
   TileView view;
-  const int32_t* table = call.block_tables + unit.sequence * call.max_blocks;
   for (int half = 0; half < 2; ++half) {
-    const int64_t index =
-        std::min<int64_t>(tile * 2 + half, call.max_blocks - 1);  // past the table: nothing there is visible
-    const int64_t block = table[index];
-    view.k[half] = call.cache.k_block(block, unit.kv_head);
-    view.v[half] = call.cache.v_block(block, unit.kv_head);
-    view.k_scale[half] = call.cache.k_scale(block, unit.kv_head);
-    view.v_scale[half] = call.cache.v_scale(block, unit.kv_head);
-    const int64_t next = table[std::min<int64_t>(tile * 2 + 2 + half, call.max_blocks - 1)];
-    view.next_k[half] = call.cache.k_block(next, unit.kv_head);
-    view.next_v[half] = call.cache.v_block(next, unit.kv_head);
+    const int64_t block = block_of(call, at, half), head = at.unit->kv_head;
+    view.k[half] = call.cache.k_block(block, head);
+    view.v[half] = call.cache.v_block(block, head);
+    view.k_scale[half] = call.cache.k_scale(block, head);
+    view.v_scale[half] = call.cache.v_scale(block, head);
+    const int64_t next_block = block_of(call, next, half), next_head = next.unit->kv_head;
+    view.next_k[half] = call.cache.k_block(next_block, next_head);
+    view.next_v[half] = call.cache.v_block(next_block, next_head);
+    if (call.cache.type != kInt8) continue;
+    for (int token = 0; token < kBlock; token += kLanes) {
+      __builtin_prefetch(call.cache.k_scale(next_block, next_head) + token);
+      __builtin_prefetch(call.cache.v_scale(next_block, next_head) + token);
+    }
   }
   return view;
 }
@@ -142,21 +158,24 @@ void find_spans(const Call& call, const Unit& unit, int64_t tile, RowState& stat
 }
 
 template <typename Tile>
-void run_tile(const Call& call, const Unit& unit, int64_t tile, RowState& state) {
+void run_tile(const Call& call, const Place& at, const Place& next, RowState& state) {
   int64_t first, last;
-  find_spans(call, unit, tile, state, &first, &last);
+  find_spans(call, *at.unit, at.tile, state, &first, &last);
   if (first >= last) return;
-  const TileView view = view_tile(call, unit, tile);
+  const TileView view = view_tile(call, at, next);
   for (int64_t row = first; row < last; row += Tile::kRows)
     with_constant<Tile::kRows>(std::min<int64_t>(Tile::kRows, last - row), [&](auto count) {
       Tile::template run<decltype(count)::value>(state, row, view, call.cache);
     });
 }
 
+// `after`: what the thread reads once it is done.
 template <typename Tile>
-void run_part(const Call& call, const Unit& unit, const Part& part, const Partials& partials, RowState& state) {
+void run_part(const Call& call, const Unit& unit, const Part& part, const Place& after, const Partials& partials, RowState& state) {
   const int64_t rows = unit.num_rows * call.group(), width = call.cache.width(), head_dim = call.cache.head_dim;
   const int64_t segments = unit.last_segment - unit.first_segment;
+  const int64_t last_seen = call.positions[unit.row + unit.num_rows - 1] / kTile;
+  const int64_t last_tile = std::min(part.last_segment * kTilesPerSegment - 1, last_seen);
   for (int64_t row = 0; row < rows; ++row) {
     state.position[row] = call.positions[unit.row + row / call.group()];
     state.segment[row] = state.total[row] = kNothing;
@@ -164,7 +183,7 @@ void run_part(const Call& call, const Unit& unit, const Part& part, const Partia
   }
   for (int64_t segment = part.first_segment; segment < part.last_segment; ++segment) {
     for (int64_t tile = segment * kTilesPerSegment; tile < (segment + 1) * kTilesPerSegment; ++tile)
-      run_tile<Tile>(call, unit, tile, state);
+      run_tile<Tile>(call, {&unit, tile}, tile < last_tile ? Place{&unit, tile + 1} : after, state);
     for (int64_t row = 0; row < rows; ++row) {
       float* out = state.segment_out + row * width;
       if (unit.partials >= 0) {
@@ -209,14 +228,21 @@ void attend(Pool* pool, const Call& call) {
     partials.sums.reset(new Sum[num_partials]);
     partials.out.reset(new float[num_partials * call.cache.width()]);
   }
-  parallel_for(pool, static_cast<int64_t>(parts.size()), [&](int64_t i, int thread) {
-    RowState& state = *reinterpret_cast<RowState*>(pool->scratch(thread, sizeof(RowState)));
+  const int64_t num_parts = static_cast<int64_t>(parts.size());
+  const int64_t run = std::min(num_parts / (8 * pool->num_threads()) + 1, kLongestRun);
+  const auto run_one = [&](int64_t i, int64_t next, RowState& state) {
     const Unit& unit = units[parts[i].unit];
-    run_part<Tile>(call, unit, parts[i], partials, state);
+    const Part& after = parts[std::min(next, num_parts - 1)];
+    run_part<Tile>(call, unit, parts[i], {&units[after.unit], after.first_segment * kTilesPerSegment}, partials, state);
     if (unit.partials >= 0) return;
     for (int64_t row = 0; row < unit.num_rows * call.group(); ++row)
       finish_row(state.total[row], state.total_out + row * call.cache.width(), row_out(call, unit, row),
                  call.cache.head_dim);
+  };
+  parallel_for(pool, num_tiles(num_parts, run), [&](int64_t task, int thread) {
+    RowState& state = *reinterpret_cast<RowState*>(pool->scratch(thread, sizeof(RowState)));
+    const int64_t stop = std::min(num_parts, (task + 1) * run);
+    for (int64_t i = task * run; i < stop; ++i) run_one(i, i + 1 < stop ? i + 1 : i + 1 + run * (pool->num_threads() - 1), state);
   });
   if (num_partials == 0) return;
   parallel_for(pool, static_cast<int64_t>(units.size()), [&](int64_t i, int) {

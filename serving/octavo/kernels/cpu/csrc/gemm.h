@@ -5,6 +5,8 @@
 // S = sum of u · w exactly; the epilogue takes the 128 and the zero points out with sums of columns and rows.
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace octavo {
@@ -31,6 +33,13 @@ OCTAVO_INLINE int64_t panels_of(int64_t outputs) { return num_tiles(outputs, 2 *
 OCTAVO_INLINE int64_t quads_of(int64_t inputs) { return num_tiles(inputs, kQuad); }
 OCTAVO_INLINE int64_t row_stride(int64_t inputs) { return num_tiles(inputs, 64) * 64; }
 
+// What a thread reads from memory after this tile. A tile whose weights pass once fetches `next`, the panels of the thread's next
+// task, at its end; one of several tiles over the same weights fetches its share of them, `step` bytes a quad from `next` on.
+struct Ahead {
+  const int8_t* next;
+  int64_t step;
+};
+
 #ifdef __AVX512VNNI__
 
 // Activations as the tile reads them: the bytes themselves.
@@ -46,25 +55,34 @@ OCTAVO_INLINE __m512i splat_quad(const uint8_t* p) {
 }
 
 // S of R rows and C panels over the quads [first, last), to out[R][C · 16].
-template <int R, int C>
+template <int R, int C, bool kOnce>
 OCTAVO_INLINE void int8_tile(const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t quads, int64_t first, int64_t last,
-                             int32_t* out) {
-  constexpr int kAhead = C == 2 ? 4096 : 2048;  // bytes, measured: up to a fifth faster where reading weights is the limit
+                             const Ahead& ahead, int32_t* out) {
+  constexpr int64_t kQuadBytes = kPanel * kQuad;
+  constexpr int64_t kNear = (C == 2 ? 4096 : 2048) / kQuadBytes;  // quads, measured
   i32x16 acc[R][C] = {};  // not __m512i: g++ would copy every sum to another register and back
-  for (int64_t quad = first; quad < last; ++quad) {
-    __m512i b[C];
+  const int64_t turn = kOnce ? std::max(first, std::min(last, quads - kNear)) : last;
+  for (int64_t quad = first; quad < last;) {
+    // Weights that pass once are fetched a little ahead, at the end of a panel from the next one; others long ahead.
+    const int64_t stop = quad < turn ? turn : last;
+    const int8_t* fetch = kOnce ? (quad < turn ? w + (quad + kNear) * kQuadBytes : ahead.next + (quad + kNear - quads) * kQuadBytes)
+                                : ahead.next + quad * ahead.step;
+    for (; quad < stop; ++quad) {
+      __m512i b[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const int8_t* at = w + (c * quads + quad) * kPanel * kQuad;
-      b[c] = _mm512_load_si512(at);
-      __builtin_prefetch(at + kAhead);
-    }
+      for (int c = 0; c < C; ++c) {
+        b[c] = _mm512_load_si512(w + (c * quads + quad) * kQuadBytes);
+        if constexpr (kOnce) __builtin_prefetch(fetch + c * quads * kQuadBytes);
+      }
+      if constexpr (!kOnce) __builtin_prefetch(fetch, 0, 2);
+      fetch += kOnce ? kQuadBytes : ahead.step;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512i a = splat_quad(x + r * x_stride + quad * kQuad);
+      for (int r = 0; r < R; ++r) {
+        const __m512i a = splat_quad(x + r * x_stride + quad * kQuad);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c)
-        acc[r][c] = reinterpret_cast<i32x16>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc[r][c]), a, b[c]));
+        for (int c = 0; c < C; ++c)
+          acc[r][c] = reinterpret_cast<i32x16>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc[r][c]), a, b[c]));
+      }
     }
   }
 #pragma GCC unroll 8
@@ -116,9 +134,9 @@ OCTAVO_INLINE void int8_half(const int16_t* x, int64_t x_stride, const int8_t* w
   }
 }
 
-template <int R, int C>
+template <int R, int C, bool kOnce>
 OCTAVO_INLINE void int8_tile(const int16_t* x, int64_t x_stride, const int8_t* w, int64_t quads, int64_t first, int64_t last,
-                             int32_t* out) {
+                             const Ahead&, int32_t* out) {
   constexpr int kFirst = R < 4 ? R : 4;
   for (int half = 0; half < 2 * C; ++half) {
     const int8_t* part = w + half * quads * 32;

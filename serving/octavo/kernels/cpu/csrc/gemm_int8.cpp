@@ -23,6 +23,7 @@ struct Product {
 // Where a tile lies: byte rows and panels.
 struct Place {
   int64_t row, panel;
+  Ahead ahead;
 };
 
 // The exact sums of one byte row and panel, zero points taken out.
@@ -58,11 +59,11 @@ OCTAVO_INLINE void finish(const Product& p, f32x16 u, int64_t token, int64_t col
   }
 }
 
-template <int R, int C, int L>
+template <int R, int C, int L, bool kOnce>
 OCTAVO_INLINE void one_group(const Product& p, const Place& at, const Element* x, const int8_t* w) {
   alignas(64) int32_t sums[R * C * kPanel];
   const int64_t quads = quads_of(p.w->in_features);
-  int8_tile<R, C>(x, p.x_stride, w, quads, 0, quads, sums);
+  int8_tile<R, C, kOnce>(x, p.x_stride, w, quads, 0, quads, at.ahead, sums);
   for (int r = 0; r < R; r += L)
     for (int c = 0; c < C; ++c) {
       const int64_t column = (at.panel + c) * kPanel;
@@ -71,13 +72,13 @@ OCTAVO_INLINE void one_group(const Product& p, const Place& at, const Element* x
     }
 }
 
-template <int R, int C, int L>
+template <int R, int C, int L, bool kOnce>
 OCTAVO_INLINE void many_groups(const Product& p, const Place& at, const Element* x, const int8_t* w) {
   alignas(64) int32_t sums[R * C * kPanel];
   f32x16 total[R / L][C] = {};
   const int64_t quads = quads_of(p.w->in_features), each = quads / p.w->num_groups;
   for (int64_t group = 0; group < p.w->num_groups; ++group) {
-    int8_tile<R, C>(x, p.x_stride, w, quads, group * each, (group + 1) * each, sums);
+    int8_tile<R, C, kOnce>(x, p.x_stride, w, quads, group * each, (group + 1) * each, at.ahead, sums);
     for (int r = 0; r < R; r += L)
       for (int c = 0; c < C; ++c) {
         const int64_t column = (at.panel + c) * kPanel;
@@ -89,45 +90,58 @@ OCTAVO_INLINE void many_groups(const Product& p, const Place& at, const Element*
     for (int c = 0; c < C; ++c) finish(p, total[r / L][c], (at.row + r) / L, (at.panel + c) * kPanel);
 }
 
-template <int R, int C, int L>
+template <int R, int C, int L, bool kOnce>
 void tile(const Product& p, const Place& at) {
   const Element* x = p.x + at.row * p.x_stride;
   const int8_t* w = p.w->packed + at.panel * quads_of(p.w->in_features) * kPanel * kQuad;
-  if (p.w->num_groups == 1) one_group<R, C, L>(p, at, x, w);
-  else many_groups<R, C, L>(p, at, x, w);
+  if (p.w->num_groups == 1) one_group<R, C, L, kOnce>(p, at, x, w);
+  else many_groups<R, C, L, kOnce>(p, at, x, w);
 }
 
-template <int C>
+// Tokens are L byte rows. kOnce: no other tile reads these weights.
+template <int C, bool kOnce>
 void tile_of(const Product& p, const Place& at, int64_t rows) {
   const bool two = p.w->limbs == 2;
-  switch (rows) {
-    case 1: return tile<1, C, 1>(p, at);
-    case 2: return two ? tile<2, C, 2>(p, at) : tile<2, C, 1>(p, at);
-    case 3: return tile<3, C, 1>(p, at);
-    case 4: return two ? tile<4, C, 2>(p, at) : tile<4, C, 1>(p, at);
-    default: break;
+  if constexpr (kOnce) {
+    switch (rows) {
+      case 1: return tile<1, C, 1, kOnce>(p, at);
+      case 2: return two ? tile<2, C, 2, kOnce>(p, at) : tile<2, C, 1, kOnce>(p, at);
+      case 3: return tile<3, C, 1, kOnce>(p, at);
+      default: break;
+    }
   }
+  if (rows == 4) return two ? tile<4, C, 2, kOnce>(p, at) : tile<4, C, 1, kOnce>(p, at);
   if constexpr (C == 2) {
     switch (rows) {
-      case 5: return tile<5, C, 1>(p, at);
-      case 6: return two ? tile<6, C, 2>(p, at) : tile<6, C, 1>(p, at);
-      case 7: return tile<7, C, 1>(p, at);
-      case 8: return two ? tile<8, C, 2>(p, at) : tile<8, C, 1>(p, at);
+      case 5: return tile<5, C, 1, kOnce>(p, at);
+      case 6: return two ? tile<6, C, 2, kOnce>(p, at) : tile<6, C, 1, kOnce>(p, at);
+      case 7: return tile<7, C, 1, kOnce>(p, at);
+      case 8: return two ? tile<8, C, 2, kOnce>(p, at) : tile<8, C, 1, kOnce>(p, at);
       default: break;
     }
   }
 }
 
-// Rows [first, last) times `panels` panels, in row tiles as equal as they get.
-void block(const Product& p, int64_t first, int64_t last, int64_t panel, int64_t panels) {
-  const int64_t limbs = p.w->limbs;
-  const int64_t tokens = (last - first) / limbs;
+// A task: rows [first, last) times `panels` panels. `next`: panels that this thread will probably read after them.
+struct Block {
+  int64_t first, last, panel, panels;
+  const int8_t* next;
+};
+
+// In row tiles as equal as they get: several have four rows at least.
+void multiply_block(const Product& p, const Block& block) {
+  const int64_t limbs = p.w->limbs, tokens = (block.last - block.first) / limbs;
   const int64_t tiles = num_tiles(tokens, kMaxRows / limbs);
+  if (tiles == 1) {
+    const Place at = {block.first, block.panel, {block.next, 0}};
+    return block.panels == 4 ? tile_of<4, true>(p, at, tokens * limbs) : tile_of<2, true>(p, at, tokens * limbs);
+  }
+  const int64_t quads = quads_of(p.w->in_features), bytes = block.panels * quads * kPanel * kQuad;
   for (int64_t index = 0; index < tiles; ++index) {
-    const int64_t begin = first + tokens * index / tiles * limbs;
-    const int64_t end = first + tokens * (index + 1) / tiles * limbs;
-    if (panels == 4) tile_of<4>(p, {begin, panel}, end - begin);
-    else tile_of<2>(p, {begin, panel}, end - begin);
+    const int64_t begin = block.first + tokens * index / tiles * limbs;
+    const int64_t end = block.first + tokens * (index + 1) / tiles * limbs;
+    const Ahead ahead = {block.next + bytes * index / tiles, bytes / tiles / quads};
+    tile_of<2, false>(p, {begin, block.panel, ahead}, end - begin);
   }
 }
 
@@ -140,11 +154,13 @@ void multiply(Pool* pool, const Product& p) {
   const int64_t fits = std::max<int64_t>(64, (1 << 20) / p.x_stride);
   const int64_t row_blocks = num_tiles(p.rows, fits);
   const int64_t tokens = p.rows / p.w->limbs;
+  const int64_t panel_bytes = quads_of(p.w->in_features) * kPanel * kQuad;
   parallel_for(pool, row_blocks * columns, [&](int64_t task, int) {
     const int64_t row_block = task / columns, panel = task % columns * width;
     const int64_t first = tokens * row_block / row_blocks * p.w->limbs;
     const int64_t last = tokens * (row_block + 1) / row_blocks * p.w->limbs;
-    block(p, first, last, panel, std::min(width, panels - panel));
+    const int64_t next = std::min(panel + width * pool->num_threads(), panels - width);
+    multiply_block(p, {first, last, panel, std::min(width, panels - panel), p.w->packed + std::max<int64_t>(next, 0) * panel_bytes});
   });
 }
 
