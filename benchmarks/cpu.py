@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -234,8 +235,9 @@ class Engine:
 # ---- measuring
 
 
-def median(measure: Callable[[], float], runs: int) -> dict[str, float]:
+def median(name: str, measure: Callable[[], float], runs: int) -> dict[str, float]:
     values = [measure() for _ in range(runs)]
+    print(name, *(f"{value:.1f}" for value in values), file=sys.stderr, flush=True)
     return {"median": statistics.median(values), "best": max(values), "worst": min(values)}
 
 
@@ -256,11 +258,11 @@ def measure_scheme(folder: Path, scheme: str, args: argparse.Namespace) -> dict[
     figures: dict[str, object] = {"load_seconds": engine.load_seconds}
     if "decode" in args.parts:
         for batch in DECODE_BATCHES:
-            figures[f"decode_{batch}"] = median(lambda batch=batch: engine.decode(batch), args.runs)
+            figures[f"decode_{batch}"] = median(f"decode {batch}:", lambda batch=batch: engine.decode(batch), args.runs)
     if "prompt" in args.parts:
         for tokens in PROMPTS:
             runs = args.runs if tokens <= 512 else max(1, args.runs // 2)
-            figures[f"prompt_{tokens}"] = median(lambda tokens=tokens: engine.prompt(tokens), runs)
+            figures[f"prompt_{tokens}"] = median(f"prompt {tokens}:", lambda tokens=tokens: engine.prompt(tokens), runs)
     if "load" in args.parts:
         figures["serve_16"] = engine.serve()
     figures["resident_mib"] = resident_mib() - before

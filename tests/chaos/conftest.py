@@ -136,7 +136,7 @@ def row(request: pytest.FixtureRequest) -> Row:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of these kill processes under time bounds: they belong to the long form, on a machine that is otherwise idle."""
+    """All of these kill processes under time bounds: they are of the long form, for an otherwise idle machine."""
     for item in items:
         if "chaos" in item.path.parts:
             item.add_marker(pytest.mark.slow)

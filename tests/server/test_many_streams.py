@@ -80,7 +80,7 @@ def test_the_first_line_leaves_before_the_last_token_exists(server: Server) -> N
     with httpx.stream("POST", f"{server.gateway}/v1/chat/completions", json=body, timeout=60) as response:
         for _ in response.iter_lines():
             arrivals.append(time.monotonic() - started)
-    assert len(arrivals) > 100
+    assert len(arrivals) > 20  # 600 if the sender is never behind
     assert arrivals[0] < arrivals[-1] / 4
 
 
