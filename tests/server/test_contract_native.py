@@ -84,9 +84,9 @@ def test_the_end_token_is_counted_by_usage_alone(server: Server, story: list[dic
 
 def test_a_message_that_is_behind_nothing_carries_one_token(server: Server) -> None:
     """Whether the sender is behind is the machine's business too, so one try in ten must find it free."""
-    shares = []
+    shares, body = [], {"text": STORY, "stream": True, **GREEDY}
     for _ in range(10):
-        with httpx.stream("POST", f"{server.gateway}{CHAT}", json={"text": STORY, "stream": True, **GREEDY}) as response:
+        with httpx.stream("POST", f"{server.gateway}{CHAT}", json=body) as response:
             messages = [json.loads(line) for line in response.iter_lines()]
         shares.append(len(messages) / len(joined(messages)[1]))
         if shares[-1] > 0.5:
