@@ -74,13 +74,13 @@ def test_a_request_gets_the_same_bytes_alone_as_in_a_crowd(server: Server) -> No
 
 
 def test_the_first_line_leaves_before_the_last_token_exists(server: Server) -> None:
-    body = {"text": "写一个故事", "stream": True, "max_dec_len": 600, "ignore_eos": True}
+    body = {"text": "写一个故事", "stream": True, "max_dec_len": 4000, "ignore_eos": True}
     started = time.monotonic()
     arrivals = []
     with httpx.stream("POST", f"{server.gateway}/v1/chat/completions", json=body, timeout=60) as response:
         for _ in response.iter_lines():
             arrivals.append(time.monotonic() - started)
-    assert len(arrivals) > 20  # 600 if the sender is never behind
+    assert len(arrivals) > 5  # 4000 if the sender is never behind
     assert arrivals[0] < arrivals[-1] / 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -14,8 +15,9 @@ from server.conftest import Server, make_server
 pytestmark = pytest.mark.server
 
 
-def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if "octavo" in name}
+def shared_memory(prefix: str) -> list[str]:
+    """The regions of one server; others may run here."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
 
 
 def runs(pid: int) -> bool:
@@ -57,18 +59,19 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 
 
 def test_two_servers_run_on_one_host_and_the_second_leaves_nothing(server: Server, tmp_path: Path) -> None:
-    before = shared_memory()
     other = make_server(tmp_path, PUSH_MODE_HTTP_PORT="-1")
     started = other.script("start_server.sh")
     assert started.returncode == 0, started.stdout + started.stderr
     pids = [int(part) for part in (tmp_path / "node.pid").read_text().split()[:1]]
     assert urlopen(f"{other.health}/v2/health/ready", timeout=5).status == 200
+    prefix = json.loads((tmp_path / "node.json").read_text())["shm_prefix"]
+    assert shared_memory(prefix)
     again = other.script("start_server.sh")
     assert "already running" in again.stdout + again.stderr
     stopped = other.script("stop_server.sh")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert not any(runs(pid) for pid in pids)
-    assert shared_memory() <= before
+    assert not shared_memory(prefix)
     assert urlopen(f"{server.health}/v2/health/ready", timeout=5).status == 200
 
 
