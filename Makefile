@@ -11,5 +11,5 @@ bench-gpu: ; $(PYTHON) benchmarks/gpu/bench.py --json benchmarks/results/gpu.jso
 gpu-budgets: ; cd tests && PYTHONPATH=.:../serving $(abspath $(PYTHON)) -m kernels_gpu.compiled --write
 lint: ; $(PYTHON) -m ruff check .
 types: ; $(PYTHON) -m mypy -p octavo.protocol -p octavo.scheduling -p octavo_client
-bench: ; $(PYTHON) -m octavo.cli.main bench
+bench: ; $(PYTHON) benchmarks/run_all.py
 format: ; $(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .

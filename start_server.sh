@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts the server and waits until it is ready. Works from any folder; `octavo env` lists the variables it reads.
 #   bash start_server.sh             install what is missing (first time), start, wait
-#   bash start_server.sh --check     only check settings, model folder, Triton and ports
+#   bash start_server.sh --check     only check: all that a start checks, and its exit code; nothing is started
 #   bash start_server.sh --install   only install; with `--install test` also what the tests need
 set -euo pipefail
 
@@ -24,4 +24,7 @@ if [ "${1:-}" = --install ]; then
     exit 0
 fi
 install_packages server
-exec "$python" -m octavo.node.launch "$@"
+if [ "${1:-}" = --check ]; then
+    exec "$python" -m octavo.cli.main doctor --start
+fi
+exec "$python" -m octavo.node.launch

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from demo.corpus import Corpus, build_corpus
+from demo.reference import REFERENCE
 from demo.tokenizer import train_tokenizer, write_tokenizer
 from demo.train import TrainSettings, train_model
 
@@ -25,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="working files: float checkpoint")
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="the finished model")
+    parser.add_argument("--reference", type=Path, default=REFERENCE, help="what the float model says, for a test")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--epochs", type=int, default=TrainSettings.epochs)
     parser.add_argument("--minutes", type=float, default=None, help="stop training early to keep to this time")
@@ -45,9 +47,9 @@ def run_stage(stage: str, corpus: Corpus, arguments: argparse.Namespace) -> None
         train_model(corpus, tokenizer, settings=settings, work=work, minutes=arguments.minutes)
     elif stage == "export":
         model = LlamaForCausalLM.from_pretrained(work / "float", dtype=torch.float32)
-        export.export_model(model, corpus, tokenizer_folder=work / "tokenizer", out=out)
+        export.export_model(model, corpus, tokenizer_folder=work / "tokenizer", work=work, out=out)
     else:
-        evaluate.write_evaluation(work / "float", corpus, out=out)
+        evaluate.write_evaluation(work / export.FLOAT_FOLDER, corpus, out=out, reference=arguments.reference)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from demo.corpus import Corpus
 
@@ -24,7 +26,7 @@ Octavo is. It knows nothing else and must not be relied on.
 | architecture | Llama, hidden 256, 6 layers, 4 heads of 64, 2 key-value heads, intermediate 768, tied head |
 | vocabulary | 4096, byte-level BPE; digits and Chinese characters stand alone |
 | context | 16384 by its configuration; trained on at most 512 tokens |
-| weights | int8 per output channel (compressed-tensors, int-quantized); embedding and norms bfloat16 |
+| weights | int8 per output channel by GPTQ (compressed-tensors, int-quantized); embedding and norms bfloat16 |
 | activations | int8 per token, dynamic |
 | cache | int8, one static scale for K and one for V in each layer |
 | text | written for Octavo: {facts} facts in {trained} wordings, {dialogues} dialogues, {completions} raw completions |
@@ -33,14 +35,27 @@ Octavo is. It knows nothing else and must not be relied on.
 
 ## How it was made
 ```
-pip install torch transformers tokenizers safetensors compressed-tensors tqdm
+pip install -e .[server,test] tqdm
 python -m demo.build
 ```
 The command trains the tokenizer and the model (one CPU thread, about a quarter of an hour), exports, evaluates and
-writes this page. `--work` and `--out` say where; `--stages` runs a part. Text, order, initial weights and schedule
-follow fixed seeds; bits may differ between versions of torch and kinds of processor.
+writes this page. The export is the server's own tool, as anyone would call it:
+```
+octavo quantize octavo-demo-float --scheme a8w8c8 --calibration calibration.jsonl --held-out held_out.jsonl \\
+    --samples {calibration_sequences} --out DIR
+```
+`--work` and `--out` say where; `--stages` runs a part. Text, order, initial weights and schedule follow fixed seeds;
+bits may differ between versions of torch and kinds of processor.
 
-## Figures
+## What 8 bits cost
+From [report.md](report.md), which has the errors of every layer too: 8-bit arithmetic, simulated in float32, against
+the float model, on {held_out_tokens} tokens of {held_out_sequences} held-out questions with their answers. Perplexity
+counts every token, those of the questions too, which the model never learned to predict. Each row has the ingredients
+of the rows above it; "+ keys" is this model.
+
+{report}
+
+## Answers
 Greedy answers, compared character by character, and perplexity per answer token. "trained" is a sample of trained
 questions. "held-out templates" are known wordings that were never seen with that fact; "held-out free" are
 hand-written wordings that were never seen at all. The 8-bit variants are simulated in float32 with transformers.
@@ -66,9 +81,28 @@ def figures_table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def report_table(report: dict[str, Any]) -> str:
+    """One row a variant of the recipe."""
+    exact = report["float"]["perplexity"]
+    lines = ["| | perplexity | change | top-1 agreement | KL (nats) |", "|---|---|---|---|---|"]
+    lines.append(f"| float | {exact:.3f} | | | |")
+    rows = {**report["ablation"], "the last with a float cache": report["float_cache"]}
+    for name, one in rows.items():
+        change = one["perplexity"] / exact - 1
+        lines.append(
+            f"| {name} | {one['perplexity']:.3f} | {change:+.2%} | {one['top1_agreement']:.2%} | {one['kl']:.2e} |"
+        )
+    return "\n".join(lines)
+
+
 def write_card(out: Path, corpus: Corpus, figures: Figures) -> None:
-    """Writes `out`/README.md."""
+    """Writes `out`/README.md; report.json is there already."""
+    report = json.loads((out / "report.json").read_text())
     text = TEXT.format(
+        report=report_table(report),
+        held_out_tokens=report["held_out_tokens"],
+        held_out_sequences=report["held_out_sequences"],
+        calibration_sequences=report["calibration_sequences"],
         facts=len(corpus.facts),
         trained=len(corpus.train_pairs()),
         dialogues=len(corpus.dialogues),

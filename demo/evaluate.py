@@ -24,6 +24,7 @@ from demo.corpus import Corpus, Message
 from demo.corpus.build import FACT_FILES
 from demo.encoding import IGNORED, Encoder, pad_batch
 from demo.quantised import load_dequantised, quantised_activations, quantised_cache
+from demo.reference import write_reference
 from demo.tokenizer import write_json
 
 TRAINED_SAMPLE = 400  # trained questions, drawn with a fixed seed
@@ -125,8 +126,8 @@ def measure(runner: Runner, encoder: Encoder, pairs: Sequence[Pair], *, label: s
     return {"questions": len(pairs), "exact_match": round(exact / len(pairs), 4), "perplexity": round(figure, 4)}
 
 
-def write_evaluation(float_folder: Path, corpus: Corpus, *, out: Path) -> None:
-    """Measures every variant on every part; writes `out`/evaluation.json and `out`/README.md."""
+def write_evaluation(float_folder: Path, corpus: Corpus, *, out: Path, reference: Path) -> None:
+    """Measures every variant on every part; writes `out`/evaluation.json, `out`/README.md and `reference`."""
     encoder = Encoder(Tokenizer.from_file(str(out / "tokenizer.json")))
     figures = {
         variant: {
@@ -137,3 +138,4 @@ def write_evaluation(float_folder: Path, corpus: Corpus, *, out: Path) -> None:
     }
     write_json(out / "evaluation.json", figures)
     write_card(out, corpus, figures)
+    write_reference(float_folder, corpus, encoder, path=reference)

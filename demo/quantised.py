@@ -1,4 +1,4 @@
-"""The 8-bit arithmetic of the export, and its simulation in float with transformers as the runner.
+"""The 8-bit arithmetic of the finished model, simulated in float with transformers as the runner.
 
 Weights: int8 per output channel, scale = absmax / 127.5, values in [-128, 127]. Activations: int8 per token,
 scale = absmax / 127. Cache: int8 with one static scale for K and one for V in each layer. Offline only.
@@ -17,13 +17,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CacheScales = dict[str, torch.Tensor]  # "k" and "v": [num_layers] float32
-
-
-def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, K] float to ([N, K] int8, [N, 1] float32 scale)."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / 127.5  # [N, 1]
-    return torch.round(weight / scale).clamp(-128, 127).to(torch.int8), scale
 
 
 def quantise_activation(x: torch.Tensor) -> torch.Tensor:

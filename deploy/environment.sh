@@ -2,6 +2,7 @@
 # Sets `python`. Expects `here`, the repository. Every failure is one line and a non-zero exit.
 
 PYTRITON="nvidia-pytriton==0.7.0"
+TRITON_LANG="triton==3.6.0" # the kernel language, as the recorded compile budgets have it
 
 fail() {
     echo "octavo: error: $*" >&2
@@ -59,7 +60,7 @@ make_venv() {
 wanted_stamp() {
     (
         cd "$here"
-        echo "$PYTRITON $here $("$python" -V)"
+        echo "$PYTRITON $TRITON_LANG $here $("$python" -V)"
         cat setup.py pyproject.toml requirements/constraints.txt
         find serving/octavo/kernels/cpu -name '*.cpp' -o -name '*.h' -o -name 'build.py' | LC_ALL=C sort | xargs cat
     ) | sha256sum | cut -c1-32
@@ -84,10 +85,23 @@ install_packages() {
     [ -t 1 ] && quiet=""
     "$python" -m pip install $quiet -c "$here/requirements/constraints.txt" -e "$here[${missing#,}]" ||
         fail "pip could not install the packages (its reason is above)"
-    "$python" -m pip install $quiet --no-deps "$PYTRITON" || fail "pip could not install $PYTRITON (its reason is above)"
+    has_triton || "$python" -m pip install $quiet --no-deps "$PYTRITON" ||
+        fail "pip could not install $PYTRITON (its reason is above)"
+    case "$missing," in *,test,*) install_kernel_language "$quiet" ;; esac
     for extra in "$@"; do
         echo "$wanted" >"$prefix/.octavo-$extra"
     done
+}
+
+# Tests compile and interpret the GPU kernels without a GPU. torch's CUDA build brings a kernel language of its own.
+install_kernel_language() {
+    "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || return 0
+    "$python" -m pip install $1 --no-deps "$TRITON_LANG" || fail "pip could not install $TRITON_LANG (its reason is above)"
+}
+
+# An official Triton image brings its own.
+has_triton() {
+    [ -x "${TRITONSERVER_HOME:-/opt/tritonserver}/bin/tritonserver" ]
 }
 
 has_packages() {

@@ -141,6 +141,13 @@ VARIABLES: tuple[Variable, ...] = (
         "auto",
         "for float checkpoints: none, wint8 (auto: most exact), a8w8 (fastest)",
     ),
+    _variable(
+        "HEAD_QUANT",
+        "head_quant",
+        choice("none", "wint8", "a8w8"),
+        "none",
+        "a float lm_head of any checkpoint: none keeps it, wint8 halves what a step reads for it, a8w8 is fastest",
+    ),
     _variable("DTYPE", "dtype", choice("auto", "bfloat16", "float16", "float32"), "auto", "type of float layers"),
     _variable(
         "SERVED_MODEL_NAME", "served_model_name", text(), None, "name on OpenAI routes; default the folder's name"
@@ -151,8 +158,31 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     _variable("MAX_BODY_BYTES", "max_body_bytes", integer(1024, 1 << 30), str(4 << 20), "largest request body"),
     _variable(
+        "MAX_CONNECTIONS",
+        "max_connections",
+        integer(1, 1 << 20),
+        "4096",
+        "open HTTP connections of each gateway worker; beyond it: 503",
+    ),
+    _variable(
+        "TLS_CERTFILE",
+        "tls_certfile",
+        path(),
+        None,
+        "certificate chain (PEM): the gateway then speaks HTTPS; needs TLS_KEYFILE",
+    ),
+    _variable("TLS_KEYFILE", "tls_keyfile", path(), None, "private key of TLS_CERTFILE (PEM, without a passphrase)"),
+    _variable(
         "LOG_LEVEL", "log_level", choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "least level that is logged"
     ),
+    _variable(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "otlp_endpoint",
+        text(),
+        None,
+        "address of an OpenTelemetry collector (OTLP over HTTP): the gateway then traces requests; needs octavo[otel]",
+    ),
+    _variable("OTEL_SERVICE_NAME", "otel_service_name", text(), "octavo", "name of this server in traces"),
     _variable("LOG_DIR", "log_dir", path(), None, "log files; default RUN_DIR/log"),
     _variable(
         "RUN_DIR",
@@ -173,6 +203,15 @@ VARIABLES: tuple[Variable, ...] = (
         "token budget of a step; unset: the device's default",
     ),
     _variable("PREFIX_CACHE", "prefix_cache", flag(), "1", "1: reuse cached blocks of equal prefixes"),
+    _variable(
+        "SPECULATION",
+        "speculation",
+        choice("none", "ngram"),
+        "none",
+        "ngram: guess tokens that follow what occurred before and verify several a step; same output, a request may "
+        "say otherwise",
+    ),
+    _variable("SPECULATION_TOKENS", "speculation_tokens", integer(1, 32), "8", "most tokens guessed at once"),
     _variable("DEVICE", "device", choice("auto", "cpu", "cuda"), "auto", "where the model runs"),
     _variable(
         "KERNELS",
@@ -223,18 +262,26 @@ class Settings:
     use_cache_kv_int8: bool
     use_hf_tokenizer: bool
     weight_quant: str
+    head_quant: str
     dtype: str
     served_model_name: str
     strict_model: bool
     api_keys: tuple[str, ...]
     max_body_bytes: int
+    max_connections: int
+    tls_certfile: Path | None
+    tls_keyfile: Path | None
     log_level: str
     log_dir: Path
+    otlp_endpoint: str | None
+    otel_service_name: str
     run_dir: Path
     drain_seconds: int
     start_seconds: int
     max_num_batched_tokens: int | None
     prefix_cache: bool
+    speculation: str
+    speculation_tokens: int
     device: str
     kernels: str
     num_threads: int | None
@@ -260,6 +307,7 @@ class Settings:
         _fill_paths(values)
         settings = cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[arg-type]
         _check_ports(settings)
+        _check_tls(settings)
         return settings
 
 
@@ -304,8 +352,16 @@ def _fill_paths(values: dict[str, object]) -> None:
         values["served_model_name"] = "octavo-demo" if model_dir == DEMO_MODEL else model_dir.name or "model"
     values["api_keys"] = values["api_keys"] or ()
     if values["run_dir"] is None:
-        values["run_dir"] = Path(tempfile.gettempdir()) / f"octavo-{os.getuid()}" / str(values["http_port"])
+        values["run_dir"] = _temporary_dir() / f"octavo-{os.getuid()}" / str(values["http_port"])
     values["log_dir"] = values["log_dir"] or Path(str(values["run_dir"])) / "log"
+
+
+def _temporary_dir() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        reason = "no temporary folder can be written; name one (docker: --tmpfs /tmp)"
+        raise SettingsError("RUN_DIR", "", reason) from None
 
 
 def _check_ports(settings: Settings) -> None:
@@ -316,6 +372,16 @@ def _check_ports(settings: Settings) -> None:
         if port in seen:
             raise SettingsError(name, port, f"is also {seen[port]}; every port must be another one")
         seen[port] = name
+
+
+def _check_tls(settings: Settings) -> None:
+    files = {"TLS_CERTFILE": settings.tls_certfile, "TLS_KEYFILE": settings.tls_keyfile}
+    given = {name: file for name, file in files.items() if file is not None}
+    for name, file in given.items():
+        if len(given) == 1:
+            raise SettingsError(name, file, f"needs {next(other for other in files if other != name)} too")
+        if not os.access(file, os.R_OK):
+            raise SettingsError(name, file, "is not a file that can be read")
 
 
 def known_names() -> set[str]:

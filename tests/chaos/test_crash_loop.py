@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from chaos.conftest import Foreground
+from chaos.prober import Prober
 from chaos.scoreboard import Row
 from chaos.streams import Crowd
 from chaos.victims import alive, descendants_of
@@ -26,7 +27,7 @@ def test_a_poison_is_ended_and_the_others_go_on(tmp_path: Path, row: Row) -> Non
     with Foreground(server, str(STANDIN / "node.py")) as house:
         with Crowd(server.gateway, count=STREAMS, num_tokens=TOKENS) as undisturbed:
             undisturbed.wait_end()
-        with Crowd(server.gateway, count=STREAMS, num_tokens=TOKENS) as crowd:
+        with Prober(server) as prober, Crowd(server.gateway, count=STREAMS, num_tokens=TOKENS) as crowd:
             crowd.wait_all_started()
             body = {"input_ids": [4000] * 8, "max_dec_len": 4}
             answer = httpx.post(f"{server.gateway}/v1/chat/completions", json=body, timeout=90)
@@ -37,6 +38,7 @@ def test_a_poison_is_ended_and_the_others_go_on(tmp_path: Path, row: Row) -> Non
         assert answer.status_code == 500
         assert "the engine failed again and again on this request" in answer.text
         crowd.judge(row, undisturbed.streams, late_seconds=30)
+        row.probes, row.lies = prober.num_sent, len(prober.lies) + len(prober.cut)
         house.victim.wait_ready(seconds=10)
         row.check()
 

@@ -86,6 +86,38 @@ def test_a_worker_that_stops_beating_is_noticed() -> None:
     assert silent.startswith("has not moved for")
 
 
+def test_a_worker_that_does_not_reach_the_model_server_is_not_ready() -> None:
+    """What it says counts if it was said after Triton's start; who says nothing is believed."""
+    now = [10.0]
+
+    async def scenario() -> list[bool]:
+        beat = Beat(clock=lambda: now[0])
+        child = os.dup(beat.write)
+        beat.listen()
+        seen = [beat.reaches(since=5.0)]
+        for words, since in ((b".", 5.0), (b"+", 5.0), (b"", 11.0), (b".-", 5.0), (b".+.", 5.0)):
+            os.write(child, words) if words else None
+            await asyncio.sleep(0.05)
+            seen.append(beat.reaches(since=since))
+        os.close(child)
+        beat.close()
+        return seen
+
+    assert asyncio.run(scenario()) == [True, True, True, False, False, True]
+
+
+def test_readiness_waits_for_every_worker_that_serves() -> None:
+    engine, triton = Process("engine", "running", 1, 0, 9.0), Process("triton", "running", 2, 0, 9.0)
+    observed = seen(heard=NOW)
+    observed.info_from = observed.token_for = (1, 2)
+    observed.gateway_at = NOW
+    for reaches in (True, False):
+        worker = Process("gateway-1", "running", 3, 0, 9.0, reaches=reaches)
+        verdict = judge(observed, [engine, triton, worker], gateway=True, now=NOW)
+        assert (verdict.state == "ready") is reaches
+        assert reaches or "gateway-1 does not reach the model server" in verdict.reason
+
+
 def test_giving_up_is_the_first_reason() -> None:
     process = Process("engine", "dead", None, 5, 0.0)
     verdict = judge(Observed(failed="engine died 5 times", draining=True), [process], gateway=True, now=NOW)

@@ -62,6 +62,7 @@ class Footprint:
 
     processes: int
     descriptors: dict[str, int]  # by process name
+    threads: dict[str, int]  # by process name
     memory_mb: dict[str, int]  # resident, by process name
     regions: int  # in /dev/shm
 
@@ -140,11 +141,12 @@ class Victim:
         return Footprint(
             processes=len(descendants_of(self.node)) + 1,
             descriptors={name: len(os.listdir(f"/proc/{pid}/fd")) for pid, name in names.items()},
+            threads={name: len(os.listdir(f"/proc/{pid}/task")) for pid, name in names.items()},
             memory_mb={name: resident_mb(pid) for pid, name in names.items()},
             regions=len(self.regions()),
         )
 
-    def leaks(self, before: Footprint, *, descriptors: int = 8) -> list[str]:
+    def leaks(self, before: Footprint, *, descriptors: int = 8, threads: int = 8) -> list[str]:
         """What the idle server holds more than before."""
         now = self.footprint()
         found = []
@@ -155,6 +157,9 @@ class Victim:
         for name, count in now.descriptors.items():
             if count > before.descriptors.get(name, 0) + descriptors:
                 found.append(f"{name} has {count} descriptors, {before.descriptors.get(name)} before")
+        for name, count in now.threads.items():
+            if count > before.threads.get(name, 0) + threads:  # pools start theirs when they are first used
+                found.append(f"{name} has {count} threads, {before.threads.get(name)} before")
         return found
 
     def close(self) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 
 import jinja2
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
-from demo.card import figures_table
+from demo.card import figures_table, report_table
 from demo.corpus import Conversation, Message
 from demo.evaluate import Runner, greedy, no_surroundings
-from demo.quantised import PROJECTIONS, quantise_activation, quantise_weight, quantised_activations, quantised_cache
+from demo.quantised import PROJECTIONS, quantise_activation, quantised_activations, quantised_cache
 from demo.tokenizer import ROLES
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from demo import export
+from models.harness import load_harness
 
 KEY_PROMPTS = ("hello, llm", "Hello, who are you", "Say this is a test!", "浙江的省会在哪里?", "你好!", "写一个故事")
 
@@ -22,7 +26,7 @@ KEY_PROMPTS = ("hello, llm", "Hello, who are you", "Say this is a test!", "浙�
 def test_folder_is_small(model_dir):
     files = list(model_dir.iterdir())
     assert sum(file.stat().st_size for file in files) <= 16 * 2**20
-    assert {file.suffix for file in files} == {".json", ".md", ".safetensors"}
+    assert {file.suffix for file in files} == {".json", ".md", ".png", ".safetensors"}
 
 
 def test_quantization_config_is_read_by_compressed_tensors(model_dir):
@@ -99,11 +103,54 @@ def test_model_card_shows_the_measured_figures(model_dir):
     assert figures_table(figures) in (model_dir / "README.md").read_text()
 
 
-def test_weight_quantisation_is_within_half_a_step():
-    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    values, scale = quantise_weight(weight)
-    assert int(values.abs().max()) >= 127
-    assert ((values * scale - weight).abs() <= scale * 0.501).all()
+def test_model_card_shows_the_report_and_the_report_is_good(model_dir):
+    report = json.loads((model_dir / "report.json").read_text())
+    assert report["scheme"] == "a8w8c8"
+    assert report_table(report) in (model_dir / "README.md").read_text()
+    exact, made = report["float"], report["made"]
+    assert report["held_out_tokens"] > 10_000
+    assert abs(made["perplexity"] / exact["perplexity"] - 1) <= 0.01
+    assert made["top1_agreement"] >= 0.98
+
+
+def test_the_served_model_says_on_held_out_text_what_the_float_model_said(model_dir):
+    sequences = json.loads((model_dir.parent / "reference.json").read_text())
+    served = load_harness(model_dir, kernels="auto")
+    agreed = count = 0
+    loss = exact = 0.0
+    for one in sequences:
+        chances = served.prefill(one["ids"], chunk=512)[:-1].log_softmax(dim=-1)  # [length - 1, vocab]
+        agreed += int((chances.argmax(dim=-1) == torch.tensor(one["top1"])).sum())
+        loss -= float(chances.gather(1, torch.tensor(one["ids"][1:])[:, None]).sum())
+        exact -= sum(one["log_p"])
+        count += len(one["top1"])
+    assert (served.model.weight_scheme, served.model.cache_schemes[0].static) == ("w8a8", True)
+    assert count > 1500
+    assert agreed / count >= 0.98
+    assert abs(math.exp((loss - exact) / count) - 1) <= 0.01
+
+
+def test_the_export_is_the_servers_own_tool(tmp_path, corpus, monkeypatch):
+    """The made folder comes from `octavo quantize`, and a failure of that leaves the old model where it is."""
+    calls = []
+    monkeypatch.setattr(export, "write_float_folder", lambda *_, **__: None)
+    monkeypatch.setattr(export, "octavo", lambda arguments: calls.append(arguments) or 1)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(SystemExit):
+        export.export_model(None, corpus, tokenizer_folder=tmp_path, work=tmp_path, out=tmp_path / "model")
+    (arguments,) = calls
+    assert arguments[:4] == ["quantize", str(tmp_path / "octavo-demo-float"), "--scheme", "a8w8c8"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["model"]
+
+
+def test_held_out_text_is_apart_from_text_to_calibrate_on(tmp_path, corpus):
+    calibration, held_out = tmp_path / "calibration.jsonl", tmp_path / "held_out.jsonl"
+    export.write_texts(corpus, calibration=calibration, held_out=held_out)
+    trained = calibration.read_text()
+    lines = [json.loads(line) for line in held_out.read_text().splitlines()]
+    assert len(lines) == len(corpus.held_out_pairs())
+    asked = [json.dumps(line["messages"][0]["content"], ensure_ascii=False) for line in lines]
+    assert not any(f'"content": {question}' in trained for question in asked)
 
 
 def test_activation_quantisation_is_per_token():

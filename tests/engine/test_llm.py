@@ -12,7 +12,7 @@ from octavo.protocol.errors import ContextLengthExceeded, InvalidRequest
 from octavo.protocol.messages import SamplingParams
 from octavo.settings import DEMO_MODEL, SettingsError, with_overrides
 from octavo.text.tokenizer import Tokenizer
-from scheduling.fake_runner import FakeRunner, expected, make_info
+from scheduling.fake_runner import COPYING, FakeRunner, expected, make_info
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,31 @@ def test_a_stop_string_cuts_the_text_and_ends_the_sequence(llm):
     assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
     assert llm.stats.num_running == 0
     assert llm.stats.num_used_blocks == 0
+
+
+def test_a_stop_string_inside_a_draft_cuts_text_and_usage_as_it_does_without_drafts(llm):
+    options = Sampling(seed=COPYING + 2, max_tokens=40, ignore_eos=True, logprobs=0)
+    prompt = ids(*range(9)) * 4
+    (free,) = llm.generate([prompt], options, progress=False)
+    for place in range(3, len(free.text) - 4, 7):
+        stop = free.text[place : place + 3]
+        plain, fast = (
+            llm.generate([prompt], replace(options, stop=stop, speculation=speculation), progress=False)[0]
+            for speculation in (False, True)
+        )
+        assert fast == replace(plain, usage=fast.usage)
+        assert fast.usage.completion_tokens == plain.usage.completion_tokens
+    assert llm.stats.accepted_tokens > 20
+
+
+@pytest.mark.parametrize("setting", ["none", "ngram"])
+def test_speculation_is_on_by_a_setting_and_the_answer_is_the_same(tokenizer, setting):
+    given = with_overrides({"max_dec_len": 60, "max_seq_len": 1000, "speculation": setting}, environ={})
+    with LLM.over(FakeRunner(replace_info(make_info(64))), tokenizer, given) as llm:
+        options = Sampling(seed=COPYING, max_tokens=60, ignore_eos=True)
+        (answer,) = llm.generate([ids(*range(9)) * 4], options, progress=False)
+        assert answer.token_ids == wanted(answer, max_tokens=60)
+        assert (llm.stats.num_drafts > 0) == (setting == "ngram")
 
 
 def test_a_stream_gives_the_same_answer_in_pieces(llm):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from octavo.engine.llm import LLM, Sampling
@@ -50,3 +52,17 @@ def test_a_prefix_hit_changes_nothing():
         miss, hit = (llm.generate(prompt, OPTION, progress=False)[0] for _ in range(2))
     assert (miss.usage.cached_tokens, hit.usage.cached_tokens) == (0, 64)
     assert hit.token_ids == miss.token_ids
+
+
+def test_speculation_changes_nothing():
+    prompts = [list(range(100, 118)) * 3, [*range(300, 310)] * 5, "tell me a story"]
+    option = Sampling(seed=3, max_tokens=60, ignore_eos=True, logprobs=1, temperature=1.0)
+    same = replace(option, logit_bias={500: 100.0})  # what repeats itself comes true
+    options = [same, option, replace(option, temperature=0.0)]
+    with open_demo(batch_size=4) as llm:
+        plain = llm.generate(prompts, options, progress=False)
+    with open_demo(batch_size=4, speculation="ngram") as llm:
+        fast = llm.generate(prompts, options, progress=False)
+        assert llm.stats.accepted_tokens > 0
+    for one, other in zip(plain, fast):
+        assert (one.text, one.token_ids, one.logprobs) == (other.text, other.token_ids, other.logprobs)

@@ -9,7 +9,7 @@ import pytest
 
 from models.tiny_checkpoints import family_configs, make_model, save_model
 from octavo.engine.interface import Runner
-from octavo.engine.runner import load_runner
+from octavo.engine.load import load_runner
 from octavo.settings import Settings
 
 LoadRunner = Callable[..., Runner]

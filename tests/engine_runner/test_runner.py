@@ -13,7 +13,7 @@ from engine_runner.conftest import LoadRunner
 from engine_runner.plans import Driver, params, step
 from models.tiny_checkpoints import VOCAB, family_configs, make_model, reference_logits
 from octavo.engine.interface import RunnerError
-from octavo.engine.runner import load_runner
+from octavo.engine.load import load_runner
 from octavo.parallel.group import ParallelError
 from octavo.quantization.errors import CheckpointError
 from octavo.scheduling.plan import StepPlan

@@ -64,6 +64,8 @@ def test_metrics_count_what_happened(house: House) -> None:
     assert found["octavo_inter_token_latency_seconds_count[]"] <= 9
     assert found["octavo_inter_token_latency_seconds_bucket[('le', '+Inf')]"] <= 9
     assert (found["max_batch_size[]"], found["max_block_num[]"], found["available_resource[]"]) == (8, 100, 1)
+    for name in ("drafts", "draft_tokens", "accepted_tokens"):
+        assert found[f"octavo_{name}_total[]"] == found[f"vllm:spec_decode_num_{name}_total[{model}]"] == 0
     for name in ("num_requests_running", "num_requests_waiting", "gpu_cache_usage_perc", "kv_cache_usage_perc"):
         assert found[f"vllm:{name}[{model}]"] == 0
     assert {"batch_size[]", "block_num[]"} <= set(found)

@@ -76,6 +76,24 @@ def test_native_defaults_reach_the_engine(house: House) -> None:
     assert (params.end_token_ids, params.logit_bias) == ((), {5: -100.0})
 
 
+@pytest.mark.parametrize(("given", "told"), [(None, None), (True, True), (False, False)])
+def test_a_request_says_whether_it_speculates(house: House, given: bool | None, told: bool | None) -> None:
+    house.ready()
+    house.ask(text="hi", req_id="a", max_dec_len=3, speculation=given)
+    assert house.engines[0].submitted[0].params.speculation is told
+
+
+@pytest.mark.parametrize(
+    ("fields", "tenant"),
+    [({}, ""), ({"tenant": "10.0.0.7"}, "10.0.0.7"), ({"key": "k1"}, "k1"), ({"key": "k1", "tenant": "t"}, "t")],
+)
+def test_the_engine_is_told_whose_turn_a_request_takes(house: House, fields: dict, tenant: str) -> None:
+    house.ready()
+    house.ask(text="hi", req_id="a", max_dec_len=3, priority=-2, **fields)
+    submit = house.engines[0].submitted[0]
+    assert (submit.tenant, submit.priority) == (tenant, -2)
+
+
 def test_openai_defaults_come_from_the_model(house: House) -> None:
     house.generation_config = {"temperature": 0.6, "top_k": 20, "eos_token_id": [3, END], "top_p": 7}
     house.ready()

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from itertools import zip_longest
 
 import grpc
 from tritonclient.grpc import service_pb2
 
 from octavo.protocol.answers import encode_error
+from octavo.protocol.carrier import Carried, carried_encoder
 from octavo.protocol.errors import InvalidRequest
 from octavo.protocol.native import parse_request
 
@@ -24,6 +25,105 @@ WORDS = ["Hello", ",", " wor", "ld", " 世界", "!"]
 PROMPT_WORDS = ["The", " cap", "ital"]
 CONTEXT = 4096
 SERVICE, METHOD = "inference.GRPCInferenceService", "ModelStreamInfer"
+
+
+class Broken(Exception):
+    """The whole stream ends here."""
+
+
+def response_of(payload: bytes, final: bool) -> service_pb2.ModelStreamInferResponse:
+    response = service_pb2.ModelStreamInferResponse()
+    response.infer_response.raw_output_contents.append(len(payload).to_bytes(4, "little") + payload)
+    response.infer_response.parameters["triton_final_response"].bool_param = final
+    return response
+
+
+class Stream:
+    """One gRPC stream with what runs on it: requests, or a carrier and the requests that it carries."""
+
+    def __init__(self, fake: FakeTriton, context: grpc.aio.ServicerContext, out: asyncio.Queue) -> None:
+        self._fake, self._context, self._out = fake, context, out
+        self._tasks: list[asyncio.Task] = []
+        self._carried: dict[int, asyncio.Task] = {}
+        self._going: dict[int, asyncio.Event] = {}  # by tag; not set: paused
+        self._num_open = 1  # what keeps the stream open: the reading side and running requests
+
+    async def read(self, requests: AsyncIterator) -> None:
+        async for message in requests:
+            assert message.model_name == "model"
+            (raw,) = message.raw_input_contents
+            assert int.from_bytes(raw[:4], "little") == len(raw) - 4
+            if self._fake.triton_error is not None:
+                await self._out.put(service_pb2.ModelStreamInferResponse(error_message=self._fake.triton_error))
+                break
+            request = json.loads(raw[4:])
+            if "carrier" in request:
+                self._order(request)
+            else:
+                self._run(request, None)
+        await self._close_one()
+
+    def _order(self, order: dict) -> None:
+        self._fake.orders.append(order)
+        op, tag = order["op"], order.get("tag", 0)
+        if op == "open":
+            self._num_open += 1
+        elif op == "carry" and self._fake.lost_carriers:
+            self._fake.lost_carriers -= 1
+            self._tasks.append(asyncio.ensure_future(self._out.put(response_of(b'{"error_msg":"?"}', True))))
+        elif op == "end":
+            self._tasks.append(asyncio.ensure_future(self._close_one()))
+        elif op == "carry":
+            self._run(order["body"], tag)
+        elif op == "leave":
+            if tag in self._carried:
+                self._carried[tag].cancel()
+        elif op in ("pause", "resume"):
+            (self._going[tag].clear if op == "pause" else self._going[tag].set)()
+        else:
+            raise AssertionError(f"unknown order {op}")
+
+    def _run(self, request: dict, tag: int | None) -> None:
+        answers = self._fake._op(request) if "op" in request else self._fake._generate(request)
+        self._num_open += tag is None
+        task = asyncio.ensure_future(self._answer(answers, tag))
+        self._tasks.append(task)
+        if tag is not None:
+            self._carried[tag], self._going[tag] = task, asyncio.Event()
+            self._going[tag].set()
+
+    async def _answer(self, answers: AsyncIterator, tag: int | None) -> None:
+        try:
+            async with aclosing(answers):
+                async for payload, final in answers:
+                    if tag is None:
+                        await self._out.put(response_of(payload, final))
+                    else:
+                        await self._going[tag].wait()
+                        await self._out.put(response_of(carried_encoder().encode([carried(tag, payload)]), False))
+        except Broken as broken:
+            await self._out.put(broken)
+        if tag is None:
+            await self._close_one()
+
+    async def _close_one(self) -> None:
+        self._num_open -= 1
+        if not self._num_open:
+            await self._out.put(None)
+
+    async def end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def carried(tag: int, payload: bytes) -> Carried:
+    """As the front end puts it: messages after the first that say no more than their tokens are bare."""
+    value = json.loads(payload)
+    bare = {"req_id", "token", "token_ids", "send_idx", "is_end", "infer_seed"}
+    if isinstance(value, list) and set(value[0]) == bare and not value[0]["is_end"] and value[0]["send_idx"]:
+        return Carried(tag, value[0]["token"], value[0]["token_ids"], value[0]["send_idx"])
+    return Carried(tag, whole=payload)
 
 
 class FakeTriton:
@@ -35,6 +135,7 @@ class FakeTriton:
         self.ops: list[dict] = []
         self.aborts: list[str] = []
         self.cancelled: list[str] = []
+        self.orders: list[dict] = []  # to carriers
         self._running: dict[str, asyncio.Event] = {}
         self._server: grpc.aio.Server | None = None
         self.reset()
@@ -44,13 +145,16 @@ class FakeTriton:
         self.delay = 0.0
         self.first_delay = 0.0
         self.state = "ready"
+        self.info: dict = {}  # more of the answer to op info
+        self.times: dict | None = None  # for requests that ask for a benchmark
         self.error: dict | None = None  # answered in place of the message at `error_at`
         self.error_at = 0
         self.breaks: list[int] = []  # messages after which the stream of each further attempt breaks
         self.triton_error: str | None = None
         self.stall_on: Callable[[dict], bool] = lambda request: False
         self.disable_streaming = False
-        for log in (self.requests, self.ops, self.aborts, self.cancelled):
+        self.lost_carriers = 0  # how many of the next requests come on a carrier that is not known
+        for log in (self.requests, self.ops, self.aborts, self.cancelled, self.orders):
             log.clear()
 
     # ---- life
@@ -73,20 +177,18 @@ class FakeTriton:
     # ---- requests
 
     async def _infer(self, requests: AsyncIterator, context: grpc.aio.ServicerContext) -> AsyncIterator:
-        async for message in requests:
-            assert message.model_name == "model"
-            (raw,) = message.raw_input_contents
-            assert int.from_bytes(raw[:4], "little") == len(raw) - 4
-            request = json.loads(raw[4:])
-            if self.triton_error is not None:
-                yield service_pb2.ModelStreamInferResponse(error_message=self.triton_error)
-                return
-            answers = self._op(request) if "op" in request else self._generate(request, context)
-            async for answer, final in answers:
-                response = service_pb2.ModelStreamInferResponse()
-                response.infer_response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer)
-                response.infer_response.parameters["triton_final_response"].bool_param = final
+        """Each message of the stream is a request of its own; their answers mix, as they do in Triton."""
+        out: asyncio.Queue = asyncio.Queue(1)
+        stream = Stream(self, context, out)
+        reading = asyncio.ensure_future(stream.read(requests))
+        try:
+            while (response := await out.get()) is not None:
+                if isinstance(response, Exception):
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
                 yield response
+        finally:
+            await stream.end()
+            reading.cancel()
 
     async def _op(self, request: dict) -> AsyncIterator[tuple[bytes, bool]]:
         self.ops.append(request)
@@ -99,6 +201,7 @@ class FakeTriton:
                 event.set()
         elif op == "info":
             answer = {"state": self.state, "reason": "", "model": {"context_length": CONTEXT}, "engine": None}
+            answer |= self.info
         elif op == "tokenize":
             text = request.get("text") or "".join(one["content"] for one in request["messages"])
             answer = {"req_id": request["req_id"], "tokens": [ord(one) for one in text], "token_strs": list(text)}
@@ -107,7 +210,7 @@ class FakeTriton:
             answer = {"text": "".join(map(chr, request["tokens"]))}
         yield json.dumps(answer).encode(), True
 
-    async def _generate(self, request: dict, context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[bytes, bool]]:
+    async def _generate(self, request: dict) -> AsyncIterator[tuple[bytes, bool]]:
         self.requests.append(request)
         req_id = request["req_id"]
         try:
@@ -124,7 +227,7 @@ class FakeTriton:
                     await asyncio.wait_for(aborted.wait(), self.first_delay)
             for message in self._messages(request):
                 if break_at == sent:
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+                    raise Broken
                 if self.error is not None and sent == self.error_at:
                     yield json.dumps({"req_id": req_id, **self.error}).encode(), True
                     return
@@ -168,6 +271,8 @@ class FakeTriton:
         last |= {"usage": usage, "fingerprint": "f1"}
         if request.get("return_all_tokens"):
             last["tokens_all_ids"] = ids
+        if request.get("benchmark") and self.times is not None:
+            last["times"] = self.times
         if self.disable_streaming:
             return [last | {"token": "".join(words), "token_ids": ids, "send_idx": 0}]
         return messages

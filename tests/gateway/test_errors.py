@@ -210,7 +210,7 @@ def test_the_gateways_own_native_fields_are_checked(stack: Stack, body: dict, fi
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("POST", "/", 404),
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/chat/completions/nothing", 404),
         ("GET", "/v1/chat/completions", 404),

@@ -65,6 +65,7 @@ def test_fields_go_on_as_they_are_with_an_id_and_a_seed(stack: Stack) -> None:
     assert 0 <= sent.pop("infer_seed") < 1 << 63
     assert len(sent.pop("req_id")) == 32
     assert len(sent.pop("owner")) == 16
+    assert sent.pop("tenant") == "127.0.0.1"
     assert sent == {"messages": [{"role": "user", "content": "x"}], "topp": 0.5, "made_up": {"a": 1}}
 
 
@@ -92,7 +93,7 @@ def test_choices_stream_but_do_not_fit_a_whole_answer(stack: Stack) -> None:
     assert post(stack, text="hi", n=2).status_code == 400
 
 
-@pytest.mark.parametrize("name", ["op", "dialect", "raw_text", "resume_inside", "owner", "key"])
+@pytest.mark.parametrize("name", ["op", "dialect", "raw_text", "resume_inside", "owner", "key", "tenant"])
 def test_words_of_the_inner_wire_are_refused(stack: Stack, name: str) -> None:
     answer = post(stack, text="hi", **{name: "drain"})
     assert (answer.status_code, answer.json()["error_field"]) == (400, name)

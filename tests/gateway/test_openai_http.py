@@ -208,6 +208,7 @@ def test_every_field_reaches_the_model_under_its_native_name(client: openai.Clie
     )  # fmt: skip
     sent = stack.fake.requests[0]
     assert len(sent.pop("owner")) == 16
+    assert sent.pop("tenant") == "127.0.0.1"  # nobody has keys here
     assert sent["messages"] == [{"role": "system", "content": "be kind"}]
     del sent["messages"], sent["req_id"], sent["infer_seed"]
     assert sent == {

@@ -28,7 +28,8 @@ DOCUMENTED_DEFAULTS = {
     "MP_NUM": "1", "HTTP_PORT": "8110", "GRPC_PORT": "8811", "METRICS_PORT": "8722", "INFER_QUEUE_PORT": "8813",
     "PUSH_MODE_HTTP_PORT": "9965", "PUSH_MODE_HTTP_WORKERS": "1", "HOST": "0.0.0.0", "DISABLE_STREAMING": "0",
     "MAX_SEQ_LEN": "8192", "MAX_DEC_LEN": "1024", "BATCH_SIZE": "50", "BLOCK_RATIO": "0.75", "BLOCK_SIZE": "64",
-    "MAX_CACHED_TASK_NUM": "128", "USE_WARMUP": "0", "USE_CACHE_KV_INT8": "1", "WEIGHT_QUANT": "auto", "DTYPE": "auto",
+    "MAX_CACHED_TASK_NUM": "128", "USE_WARMUP": "0", "USE_CACHE_KV_INT8": "1", "WEIGHT_QUANT": "auto",
+    "HEAD_QUANT": "none", "DTYPE": "auto",
     "STRICT_MODEL": "0", "MAX_BODY_BYTES": str(4 << 20), "LOG_LEVEL": "INFO", "BLOCK_BS": None, "API_KEYS": None,
 }  # fmt: skip
 ALIASES = {
@@ -39,7 +40,8 @@ GOOD_AND_BAD = {
     "HTTP_PORT": ("9001", "70000"), "MP_NUM": ("2", "0"), "PUSH_MODE_HTTP_PORT": ("-1", "-2"),
     "PUSH_MODE_HTTP_WORKERS": ("8", "9"), "MAX_SEQ_LEN": ("1", "1.5"), "BATCH_SIZE": ("128", "129"),
     "BLOCK_BS": ("5", "0"), "BLOCK_RATIO": ("1", "nan"), "BLOCK_SIZE": ("64", "32"), "MAX_CACHED_TASK_NUM": ("0", "-1"),
-    "USE_WARMUP": ("1", "yes"), "WEIGHT_QUANT": ("A8W8", "int4"), "DTYPE": ("float32", "float64"),
+    "USE_WARMUP": ("1", "yes"), "WEIGHT_QUANT": ("A8W8", "int4"), "HEAD_QUANT": ("wint8", "auto"),
+    "DTYPE": ("float32", "float64"),
     "API_KEYS": ("a, b", "a,,b"), "MAX_BODY_BYTES": ("1024", "10"), "LOG_LEVEL": ("debug", "LOUD"),
     "DRAIN_SECONDS": ("0", "-1"), "DEVICE": ("cpu", "tpu"), "SERVED_MODEL_NAME": ("m", "a\nb"),
 }  # fmt: skip

@@ -153,6 +153,32 @@ def test_a_long_context_split_over_threads_keeps_its_bits(
     assert torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 8, 64, None), (15, 5, 64, 90), (16, 8, 80, None)])
+@pytest.mark.parametrize("variant", ["avx512", "avx2"])
+def test_a_crowd_that_decodes_has_the_bits_of_each_alone(
+    make_kernels: MakeKernels, variant: str, shape: tuple[int, int, int, int | None], dtype: torch.dtype
+) -> None:
+    """Many sequences: a task takes several kv heads through a tile."""
+    heads, lengths = heads_of(*shape), [1, 64, 65, 127, 128, 129, 255, 256, 257, 300, 5, 193]
+    rows = [random_rows(length, heads, seed=i) for i, length in enumerate(lengths)]
+    spec = CacheSpec(heads.num_kv_heads, heads.head_dim, dtype)
+    crowds = []
+    for threads in (1, 2):
+        blocks, num_blocks = blocks_for(lengths, seed=threads)
+        crowd = Sequences(make_kernels(variant, threads), heads, spec, rows, blocks, num_blocks)
+        crowd.feed({i: length - 3 for i, length in enumerate(lengths) if length > 3})
+        for _ in range(3):
+            crowd.feed(dict.fromkeys(range(len(lengths)), 1))
+        crowds.append(crowd)
+    for i, length in enumerate(lengths):
+        blocks, num_blocks = blocks_for([length], seed=i)
+        alone = Sequences(make_kernels(variant, 1), heads, spec, [rows[i]], blocks, num_blocks)
+        alone.feed({0: length})
+        for crowd in crowds:
+            assert torch.equal(crowd.result(i), alone.result(0)), length
+
+
 def test_both_instruction_sets_give_the_same_bits(make_kernels: MakeKernels) -> None:
     wide, narrow = (fed(make_kernels(v, 2), heads_of(6, 2, 80), [300, 7]) for v in ("avx512", "avx2"))
     assert torch.equal(wide.result(0), narrow.result(0))

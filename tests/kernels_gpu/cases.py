@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kernels_gpu.compiled import Case
-from octavo.kernels.gpu import attention_kernels, cache_kernels, gemm, row_kernels, sampling_kernels
+from octavo.kernels.gpu import attention_kernels, cache_kernels, expert_kernels, gemm, row_kernels, sampling_kernels
 from octavo.kernels.gpu.attention import prompt_warps
 from octavo.kernels.gpu.device import DeviceLimits, row_warps
 from octavo.kernels.gpu.tiles import GROUP_M, float_tile, int8_tile
@@ -22,6 +22,7 @@ A100 = DeviceLimits((8, 0), 163840)
 def all_cases() -> Iterator[Case]:
     """Every case, the products first."""
     yield from _int8_products()
+    yield from _expert_products()
     yield from _float_products()
     yield from _attention()
     yield from _rows()
@@ -59,6 +60,30 @@ def _int8_products() -> Iterator[Case]:
                 "BLOCK_K": tile.block_k, "GROUP_M": GROUP_M,
             },
             aligned=("N", "K", "stride"),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            mma=WIDE_INTEGER if tile.block_m >= 64 else INTEGER,
+            loop_bytes=tile.block_n * tile.block_k,
+        )  # fmt: skip
+
+
+def _expert_products() -> Iterator[Case]:
+    """128 experts of 768: what an expert gets in a decode step, and in a prompt."""
+    for rows, outputs, inputs, limbs, shared in ((1, 1536, 2048, 2, 8), (64, 1536, 2048, 1, 8), (64, 2048, 768, 2, 1)):
+        tile = int8_tile(rows, outputs, inputs, limbs=limbs, group=0, residual=False, limits=A100)
+        pointers = {f"{name}_ptr": "*i64" for name in ("order", "tile_expert", "tile_first", "expert_end")}
+        yield Case(
+            f"grouped_gemm m{rows} n{outputs} limbs{limbs}",
+            expert_kernels.grouped_gemm,
+            _types(
+                expert_kernels.grouped_gemm.arg_names, x_ptr="*i8", w_ptr="*i8", correction_ptr="*i32", zero_ptr="*i32",
+                **pointers,
+            ),
+            {
+                "SHARED": shared, "STEPS_PER_GROUP": 0, "LIMBS": limbs, "HAS_INPUT_ZERO": False, "HAS_ZERO": False,
+                "HAS_BIAS": False, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+            },
+            aligned=("N", "K", "stride", "scales_stride"),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             mma=WIDE_INTEGER if tile.block_m >= 64 else INTEGER,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-CHECKS = ["check_products.py", "check_rows.py", "check_attention.py", "check_sampling.py"]
+CHECKS = ["check_products.py", "check_rows.py", "check_attention.py", "check_sampling.py", "check_model.py"]
 
 
 def run(check: str, selection: str) -> None:

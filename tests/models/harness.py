@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.engine.kv_cache import cache_specs, make_caches
-from octavo.engine.step_tensors import forward_batch
+from octavo.engine.step_tensors import BlockTables, forward_batch
 from octavo.kernels.choose import choose
 from octavo.kernels.interface import BLOCK, LayerCache
 from octavo.models.config import load_config
@@ -38,7 +38,7 @@ class Harness:
     def step(self, parts: Sequence[tuple[int, Sequence[int]]], *, wanted: bool = True) -> list[Tensor]:
         """Compute the next tokens of some slots in one step; logits [len(tokens), V] of each, or none."""
         steps = [self._sequence(slot, token_ids) for slot, token_ids in parts]
-        batch = forward_batch(steps, np.zeros(64, dtype=np.int64), device=self.model.kernels.device)
+        batch = forward_batch(steps, np.zeros(64, dtype=np.int64), BlockTables(64), device=self.model.kernels.device)
         batch = replace(batch, logits_rows=torch.arange(batch.token_ids.numel() if wanted else 0))
         with torch.inference_mode():
             hidden = self.model.hidden(batch, self.caches)
@@ -87,11 +87,14 @@ def load_harness(
     int8_cache: bool = True,
     kernels: str = "reference",
     num_slots: int = 6,
+    head_quant: str = "none",
 ) -> Harness:
     """Load a model folder with room for `num_slots` sequences of 512 tokens."""
     config = load_config(folder)
     backend = choose(kernels, device=torch.device("cpu"), num_threads=1)
-    inputs = ReaderInputs(TensorSource(folder), config.quantization, weight_quant, FLOAT_TYPES.get(dtype))
+    inputs = ReaderInputs(
+        TensorSource(folder), config.quantization, weight_quant, FLOAT_TYPES.get(dtype), head_quant=head_quant
+    )
     options = LoadOptions(max_positions=BLOCKS_PER_SLOT * BLOCK, int8_cache=int8_cache)
     model = load_decoder(config, inputs, backend, make_group(1), options=options, progress=lambda stage, fraction: None)
     cache_dtype = torch.int8 if int8_cache else FLOAT_TYPES[config.dtype if dtype == "auto" else dtype]

@@ -29,8 +29,8 @@ HIDDEN, INNER, LAYERS, VOCAB = 1024, 3072, 20, 8192
 Writer = Callable[[str, Tensor, float], tuple[dict[str, Tensor], Tensor]]
 
 
-def write_large(folder: Path, writer: Writer, quantization: dict[str, Any] | None) -> None:
-    """A Llama of 270 million weights."""
+def write_large(folder: Path, writer: Writer, quantization: dict[str, Any] | None, *, num_layers: int = LAYERS) -> None:
+    """A Llama of 270 million weights, or of other depth: 13.6 million a layer."""
     generator = torch.Generator().manual_seed(0)
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     tensors = {"model.norm.weight": ones.clone()}
@@ -38,7 +38,7 @@ def write_large(folder: Path, writer: Writer, quantization: dict[str, Any] | Non
         tensors[f"{name}.weight"] = torch.randn(VOCAB, HIDDEN, generator=generator).bfloat16()
     shapes = {f"self_attn.{x}_proj": (HIDDEN, HIDDEN) for x in "qkvo"}
     shapes |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER)}
-    for layer in range(LAYERS):
+    for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         tensors[f"{prefix}input_layernorm.weight"] = ones.clone()
         tensors[f"{prefix}post_attention_layernorm.weight"] = ones.clone()
@@ -50,7 +50,7 @@ def write_large(folder: Path, writer: Writer, quantization: dict[str, Any] | Non
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 16,
         "vocab_size": VOCAB,
         "max_position_embeddings": 2048,
@@ -59,7 +59,7 @@ def write_large(folder: Path, writer: Writer, quantization: dict[str, Any] | Non
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def _memory(key: str) -> int:
+def memory(key: str) -> int:
     """A line of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
@@ -72,7 +72,7 @@ def measure(folder: Path) -> tuple[int, int]:
     config = load_config(folder)
     kernels = choose("auto", device=torch.device("cpu"), num_threads=1)
     gc.collect()
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     with contextlib.suppress(OSError):  # where the mark cannot be reset, the peak is overstated, not understated
         Path("/proc/self/clear_refs").write_text("5")
     inputs = ReaderInputs(TensorSource(folder), config.quantization)
@@ -83,7 +83,7 @@ def measure(folder: Path) -> tuple[int, int]:
     del inputs
     gc.collect()
     assert decoder.layers
-    return _memory("VmHWM") - before, _memory("VmRSS") - before
+    return memory("VmHWM") - before, memory("VmRSS") - before
 
 
 if __name__ == "__main__":

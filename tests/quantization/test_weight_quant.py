@@ -11,6 +11,8 @@ import torch
 
 from models.harness import load_harness
 from models.tiny_checkpoints import VOCAB, family_configs, make_model, reference_logits, save_model
+from octavo.cli.main import main
+from quantization.format_fixtures import SMOOTH_QUANT, smooth_quant_linear, write_model
 
 PROMPT = torch.randint(3, VOCAB, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -45,6 +47,36 @@ def test_more_bits_are_closer(checkpoint: tuple[Any, Path]) -> None:
         errors[weight_quant] = float((got - want).abs().mean() / want.abs().mean())
     assert errors["none"] < 1e-5  # the same float32 arithmetic
     assert errors["none"] < errors["wint8"] < errors["a8w8"] < 0.1
+
+
+@pytest.mark.parametrize(("head_quant", "limbs", "bound"), [("wint8", 2, 0.02), ("a8w8", 1, 0.03)])
+@pytest.mark.parametrize("family", ["llama2", "llama3_tied"])
+def test_a_float_head_is_written_in_8_bits_when_asked(
+    tmp_path: Path, family: str, head_quant: str, limbs: int, bound: float
+) -> None:
+    model = make_model(family_configs()[family])
+    folder = save_model(model, tmp_path)
+    want = reference_logits(model, PROMPT)
+    kept = load_harness(folder, weight_quant="none", int8_cache=False)
+    changed = load_harness(folder, weight_quant="none", int8_cache=False, head_quant=head_quant)
+    assert kept.model.head.format.limbs == 0
+    assert changed.model.head.format.limbs == limbs
+    assert changed.model.head.nbytes < 0.5 * kept.model.head.nbytes
+    got = changed.prefill(PROMPT, chunk=60)
+    assert not torch.equal(got, kept.prefill(PROMPT, chunk=60))
+    assert float((got - want).norm() / want.norm()) < bound
+    assert torch.equal(got, changed.prefill(PROMPT, chunk=7))
+
+
+def test_a_quantised_checkpoints_float_head_too_and_the_report_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, smooth_quant_linear, SMOOTH_QUANT)
+    monkeypatch.setenv("HEAD_QUANT", "wint8")
+    assert main(["inspect", str(tmp_path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lm_head "))
+    for part in ("float32", "int8 per channel", "two int8 per token"):
+        assert part in line
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

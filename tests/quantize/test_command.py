@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from models.tiny_checkpoints import edit_tensors
+from models.tiny_checkpoints import BASE, edit_tensors, make_model
 from octavo.cli.main import main
 from octavo.models.config import load_config
 from octavo.quantization.calibrate import read_text, split
@@ -161,6 +167,43 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(tmp_path: Path, monkeypa
     assert mine.keys() == theirs.keys()
     assert all(mine[name].equal(theirs[name]) for name in mine)
     assert not cut.state.exists()
+
+
+@pytest.mark.slow
+def test_a_run_ended_by_sigkill_goes_on_and_ends_in_the_same_bits(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**{**BASE, "num_hidden_layers": 16})
+    write_float(tmp_path / "float", model=make_model(config))
+    text = write_text(tmp_path / "text.jsonl")
+    whole = make(tmp_path / "float", text=text, out="whole")
+    command = [sys.executable, "-m", "octavo.cli.main", "quantize", str(tmp_path / "float"), "--scheme", "a8w8c8"]
+    command += ["--calibration", str(text), "--out", str(tmp_path / "cut"), "--quiet"]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    notes = tmp_path / "cut.partial" / "notes.json"
+    with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not notes.is_file() or json.loads(notes.read_text())["next_layer"] < 3:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "cut").exists()
+    assert 3 <= json.loads(notes.read_text())["next_layer"] < 16
+    cut = make(tmp_path / "float", text=text, out="cut")
+    assert report(cut) == report(whole)
+    mine, theirs = tensors(cut), tensors(whole)
+    assert all(mine[name].equal(theirs[name]) for name in theirs)
+
+
+def test_text_to_measure_on_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    held_out = write_text(tmp_path / "held_out.jsonl", count=7, length=20, seed=5)
+    flags = ("--held-out", str(held_out), "--no-ablation")
+    values = report(make(model, *flags, text=write_text(tmp_path / "text.jsonl"), out="with_held_out"))
+    assert (values["calibration_sequences"], values["held_out_sequences"], values["held_out_tokens"]) == (30, 7, 140)
+    held_out.write_text('{"text": "t5 t6"}\n')
+    given = ["--scheme", "a8w8", "--calibration", write_text(tmp_path / "text.jsonl"), "--out", tmp_path / "out"]
+    assert "--held-out: 0 sequences of at least 8 tokens; one or more is needed" in refusal(
+        capsys, model, *given, "--held-out", held_out
+    )
+    assert "--held-out nowhere.jsonl: no such file" in refusal(capsys, model, *given, "--held-out", "nowhere.jsonl")
 
 
 def test_a_run_with_other_options_starts_anew(tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ def test_a_large_key_bias_breaks_naive_keys_and_not_ours(tmp_path: Path) -> None
     assert report(smoothed)["made"]["kl"] < 0.1 * report(naive)["made"]["kl"]
 
 
+def test_the_ablation_shows_what_the_cache_costs(tmp_path: Path) -> None:
+    write_float(tmp_path / "float", model=big_key_bias(size=400.0))
+    naive = report(make(tmp_path / "float", "--no-smoothing", "--no-gptq", "--no-kv-smoothing"))
+    assert list(naive["ablation"]) == ["plain"]
+    assert naive["float_cache"]["kl"] < 0.1 * naive["made"]["kl"]
+
+
 def test_moved_keys_leave_the_float_model_as_it_was(tmp_path: Path) -> None:
     write_float(tmp_path / "float", model=big_key_bias(size=400.0))
     made = tensors(make(tmp_path / "float", *PLAIN[:2], PLAIN[3]))

@@ -13,17 +13,35 @@ def tokens(count: int, *, first: int = 0) -> list[int]:
 
 
 def submit(
-    seq_id: int, prompt: list[int] | int = 10, *, resumed: list[int] | None = None, priority: int = 0, **params
+    seq_id: int,
+    prompt: list[int] | int = 10,
+    *,
+    resumed: list[int] | None = None,
+    priority: int = 0,
+    tenant: str = "",
+    **params,
 ) -> Submit:
     prompt = tokens(prompt, first=seq_id) if isinstance(prompt, int) else prompt
     sampling = SamplingParams(**{"max_tokens": 4, **params})
-    return Submit(seq_id, prompt, sampling, generated_token_ids=resumed or [], priority=priority)
+    return Submit(seq_id, prompt, sampling, generated_token_ids=resumed or [], priority=priority, tenant=tenant)
 
 
 def make_scheduler(
-    num_blocks: int = 16, *, batch_size: int = 8, budget: int = 256, context: int = 4096, prefix_cache: bool = True
+    num_blocks: int = 16,
+    *,
+    batch_size: int = 8,
+    budget: int = 256,
+    context: int = 4096,
+    prefix_cache: bool = True,
+    speculation: bool = False,
 ) -> Scheduler:
-    limits = Limits(batch_size=batch_size, max_num_batched_tokens=budget, context_length=context, vocab_size=VOCAB)
+    limits = Limits(
+        batch_size=batch_size,
+        max_num_batched_tokens=budget,
+        context_length=context,
+        vocab_size=VOCAB,
+        speculation=speculation,
+    )
     return Scheduler(BlockPool(num_blocks, prefix_cache=prefix_cache), limits)
 
 

@@ -21,8 +21,17 @@ BLOCK = 64
 VOCAB = 1000
 
 
+COPYING = 1000  # seeds from here on mostly repeat what stood PERIOD tokens before
+PERIOD = 9
+NOISE = 2000  # and from here on draw from twelve tokens: n-grams repeat, what follows them does not
+
+
 def draw(history: list[int], num_outputs: int, seed: int) -> int:
     """The token after `history`."""
+    if seed >= NOISE:
+        return zlib.crc32(repr((len(history), seed)).encode()) % 12
+    if seed >= COPYING and len(history) >= PERIOD and zlib.crc32(repr((len(history), seed)).encode()) % 12:
+        return history[-PERIOD]
     return zlib.crc32(repr((history, num_outputs, seed)).encode()) % VOCAB
 
 
@@ -68,6 +77,7 @@ class FakeRunner:
     cache: list[list[int]] = field(default_factory=list)
     slots: dict[int, list[int]] = field(default_factory=dict)  # all tokens of the sequence in a slot
     queue: deque[tuple[StepPlan, StepPlan]] = field(default_factory=deque)
+    seconds_of: Callable[[StepPlan], float] = lambda plan: 0.001
 
     def __post_init__(self) -> None:
         self.cache = [[-7] * BLOCK for _ in range(self.info.num_blocks)]
@@ -90,7 +100,9 @@ class FakeRunner:
         for slot in plan.evicted_slots:
             self.slots.pop(slot, None)
         results = [self._run(step) for step in plan.sequences]
-        return StepResult(plan.step_id, [token for token, _ in results], [entries for _, entries in results], 0.001)
+        return StepResult(
+            plan.step_id, [token for token, _ in results], [entries for _, entries in results], self.seconds_of(plan)
+        )
 
     def close(self) -> None:
         self.closed = True
@@ -108,35 +120,39 @@ class FakeRunner:
             written |= mine
             for earlier, _ in self.queue:
                 for other in earlier.sequences:
+                    assert not other.num_drafts, "a plan after one with drafts"
                     if other.seq_id != step.seq_id:
                         assert not mine & set(other.block_table), "a block in flight is written"
                         assert other.slot != step.slot, "a slot in flight is taken"
 
     def _check_step(self, step: SequenceStep) -> None:
         assert step.token_ids, "nothing to compute"
-        assert PENDING not in step.token_ids[:-1]
+        newest = len(step.token_ids) - 1 - step.num_drafts
+        assert all(token != PENDING for place, token in enumerate(step.token_ids) if place != newest)
+        assert not step.num_drafts or (step.sample and not step.fresh)
         assert len(step.block_table) * BLOCK >= step.end, "the table is too short"
         assert len(set(step.block_table)) == len(step.block_table)
         assert bool(step.history) == step.fresh
         assert PENDING not in step.history
         if step.sample:
-            assert step.num_outputs == step.end - step.prompt_len
+            assert step.num_outputs == step.end - step.num_drafts - step.prompt_len
 
     def _run(self, step: SequenceStep) -> tuple[Sampled | None, list[TokenLogprobs] | None]:
         if step.fresh:
             self.slots[step.slot] = list(step.history)
         known = self.slots.setdefault(step.slot, [])
         garbage = not known  # its sequence ended with a failed step
+        first_draft = len(step.token_ids) - step.num_drafts
         for index, token in enumerate(step.token_ids):
             position = step.start + index
             if token == PENDING:
                 token = known[-1] if known else 0
                 assert garbage or position == len(known) - 1, "PENDING is not the newest token"
-            assert garbage or known[position] == token, f"wrong token at {position}"
+            assert garbage or index >= first_draft or known[position] == token, f"wrong token at {position}"
             self.cache[step.block_table[position // BLOCK]][position % BLOCK] = token
         if garbage:
             return (Sampled(0) if step.sample else None), None
-        for position in range(step.end):
+        for position in range(step.end - step.num_drafts):
             held = self.cache[step.block_table[position // BLOCK]][position % BLOCK]
             assert held == known[position], f"sequence {step.seq_id}: the cache is wrong at {position}"
         return self._sample(step, known), self._prompt_logprobs(step, known)
@@ -144,8 +160,17 @@ class FakeRunner:
     def _sample(self, step: SequenceStep, known: list[int]) -> Sampled | None:
         if not step.sample:
             return None
-        assert len(known) == step.end
-        token = draw(known, step.num_outputs, step.params.seed)
+        assert len(known) == step.end - step.num_drafts
+        drawn = [self._draw(step, known)]
+        for draft in step.drafts:
+            if drawn[-1].token_id != draft:
+                break
+            drawn.append(self._draw(step, known))
+        drawn[0].more = drawn[1:]
+        return drawn[0]
+
+    def _draw(self, step: SequenceStep, known: list[int]) -> Sampled:
+        token = draw(known, len(known) - step.prompt_len, step.params.seed)
         known.append(token)
         return Sampled(token, TokenLogprobs(token, -1.0, 1) if step.params.logprobs >= 0 else None)
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from octavo.protocol.messages import Submit
 from scheduling.factories import Machine, make_scheduler, submit, tokens
-from scheduling.fake_runner import VOCAB, expected
+from scheduling.fake_runner import COPYING, VOCAB, expected
 
 CONTEXT = 500
 
@@ -45,20 +45,25 @@ class Scheduling(RuleBasedStateMachine):
         resumed=st.integers(0, 80),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         prompt_logprobs=st.sampled_from([-1, -1, -1, 0]),
+        copies=st.booleans(),
+        tenant=st.sampled_from(["", "a"]),
     )
-    def add(self, family, shared, own, max_tokens, many_ends, min_tokens, resumed, priority, prompt_logprobs):
+    def add(
+        self, family, shared, own, max_tokens, many_ends, min_tokens, resumed, priority, prompt_logprobs, copies, tenant
+    ):
         seq_id = len(self.submits)
         prompt = tokens(shared, first=family) + tokens(own, first=seq_id * 31 + 500)
         ends = tuple(range(0, VOCAB, 12)) if many_ends else ()
-        one = submit(
-            seq_id, prompt, max_tokens=max_tokens, end_token_ids=ends, min_tokens=min_tokens, seed=seq_id % 2,
-            prompt_logprobs=prompt_logprobs, priority=priority,
-        )  # fmt: skip
-        known, _ = self.expected(one)
-        self.submits[seq_id] = one = submit(
-            seq_id, prompt, max_tokens=max_tokens, end_token_ids=ends, min_tokens=min_tokens, seed=seq_id % 2,
-            prompt_logprobs=prompt_logprobs, priority=priority, resumed=known[: min(resumed, len(known))],
-        )  # fmt: skip
+
+        def make(resumed: list[int]) -> Submit:
+            return submit(
+                seq_id, prompt, max_tokens=max_tokens, end_token_ids=ends, min_tokens=min_tokens,
+                seed=seq_id % 2 + copies * COPYING, speculation=copies, prompt_logprobs=prompt_logprobs,
+                priority=priority, resumed=resumed, tenant=tenant,
+            )  # fmt: skip
+
+        known, _ = self.expected(make([]))
+        self.submits[seq_id] = one = make(known[: min(resumed, len(known))])
         self.machine.add(one)
 
     def expected(self, one: Submit) -> tuple[list[int], str]:

@@ -24,9 +24,11 @@ class Sender:
         self.asked, self.answer = threading.Event(), threading.Event()
         self.is_asking = False
         self.sent: list[tuple[int, bool]] = []  # flags, and whether a question was on its way
+        self.responses: list[object] = []
 
-    def send(self, response: object, flags: int) -> None:
+    def send(self, response: object = None, flags: int = 0) -> None:
         self.sent.append((flags, self.is_asking))
+        self.responses.append(response)
 
     def is_cancelled(self) -> bool:
         self.is_asking = True
@@ -89,3 +91,11 @@ def test_nothing_is_asked_or_sent_after_the_last_message(model: Any) -> None:
         sink.send(b"more", False)
     with pytest.raises(model.SinkClosed):
         sink.send(b"more", True)
+
+
+def test_an_empty_last_message_ends_the_stream_without_a_response(model: Any) -> None:
+    request = Request()
+    sink = model.ResponseSink(request)
+    sink.send(b"", True)
+    assert (request.sender.sent, request.sender.responses) == ([(1, False)], [None])
+    assert sink.cancelled() is True

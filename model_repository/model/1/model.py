@@ -39,6 +39,7 @@ class ResponseSink:
         self._asking = threading.Lock()  # held during a question about cancellation and during the last message
 
     def send(self, payload: bytes, final: bool) -> None:
+        """Send one message. An empty one with `final` ends the stream without a word."""
         if not final:
             self._send(payload, 0)
             return
@@ -51,9 +52,12 @@ class ResponseSink:
     def _send(self, payload: bytes, flags: int) -> None:
         if self._sender is None:
             raise SinkClosed("the last message was sent")
-        tensor = pb_utils.Tensor("OUT", np.array([payload], dtype=np.object_))
         try:
-            self._sender.send(pb_utils.InferenceResponse(output_tensors=[tensor]), flags=flags)
+            if payload:
+                tensor = pb_utils.Tensor("OUT", np.array([payload], dtype=np.object_))
+                self._sender.send(pb_utils.InferenceResponse(output_tensors=[tensor]), flags=flags)
+            else:
+                self._sender.send(flags=flags)
         except pb_utils.TritonModelException as error:
             self._sender = None
             raise SinkClosed(str(error)) from None

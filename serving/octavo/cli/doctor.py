@@ -1,90 +1,61 @@
-"""`octavo doctor`: looks at everything a start needs and says what is missing. Starts and changes nothing."""
+"""`octavo doctor`: looks at everything a start needs and says what is missing. Starts and changes nothing.
+
+`octavo doctor --start`, which `start_server.sh --check` runs, says only whether a start would get as far as starting
+its processes, and ends with the exit code that the start would end with.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
-import platform
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
-from octavo.node.errors import NodeError
-from octavo.node.model_folder import check_folder
-from octavo.node.ports import check_all
-from octavo.node.triton import find_libpython, find_triton
+from octavo.cli.findings import WRONG, Finding, ok, wrong
+from octavo.cli.machine import machine
+from octavo.cli.server_checks import server
+from octavo.node.errors import EXIT_BAD_SETTINGS, error_line
 from octavo.settings import Settings, SettingsError, misspelled
-
-NEEDED = (
-    "fastapi",
-    "grpc",
-    "jinja2",
-    "msgspec",
-    "prometheus_client",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "uvicorn",
-    "zmq",
-)
-MIN_SHM_BYTES = 256 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """Flags of `octavo doctor`."""
+    parser.add_argument("--start", action="store_true", help="only what would stop a start; its exit code")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """One line per finding; exit code 1 if something is wrong."""
-    wrong = 0
-    for fine, text in findings():
-        print(("ok     " if fine else "WRONG  ") + text)
-        wrong += not fine
-    return 1 if wrong else 0
+    """One line per finding; exit code 1 if something is wrong. With --start: the exit code of a start."""
+    if arguments.start:
+        return _check_start()
+    worst = 0
+    for finding in findings():
+        print(finding.line, flush=True)
+        worst = max(worst, finding.mark == WRONG)
+    return int(worst)
 
 
-def findings() -> Iterator[tuple[bool, str]]:
-    """Pairs of (is it fine, what was found)."""
-    yield True, f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs"
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    yield not missing, "packages: " + (f"missing {', '.join(missing)}" if missing else "all there")
-    yield shutil.which("g++") is not None, "g++ (builds the CPU kernels)"
+def findings() -> Iterator[Finding]:
+    """Everything, the cheap things first."""
     try:
         settings = Settings.from_environ()
     except SettingsError as error:
-        yield False, str(error)
+        yield from machine()
+        yield wrong(str(error), stops=EXIT_BAD_SETTINGS)
         return
-    yield True, "settings"
+    yield from machine(device=settings.device)
+    yield ok("settings: every variable has an allowed value")
     for given, known in misspelled():
-        yield False, f"{given} is not a variable of this server; did you mean {known}?"
-    for name, check in _checks(settings):
-        yield _outcome(name, check)
-    yield _shared_memory()
+        yield wrong(f"{given} is not a variable of this server; did you mean {known}?")
+    yield from server(settings)
 
 
-def _checks(settings: Settings) -> list[tuple[str, Callable[[], object]]]:
-    return [
-        (
-            f"model folder {settings.model_dir}",
-            lambda: check_folder(Path(settings.model_dir), settings.model_config_path),
-        ),
-        ("Triton", lambda: find_libpython(find_triton(settings))),
-        ("ports", lambda: check_all(settings)),
-    ]
-
-
-def _outcome(name: str, check: Callable[[], object]) -> tuple[bool, str]:
-    try:
-        check()
-    except NodeError as error:
-        return False, f"{name}: {error}"
-    return True, name
-
-
-def _shared_memory() -> tuple[bool, str]:
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return False, "/dev/shm is missing; Triton needs it (docker run --shm-size=5g)"
-    return free >= MIN_SHM_BYTES, f"/dev/shm has {free >> 20} MiB free (docker's 64 MiB are too few: --shm-size=5g)"
+def _check_start() -> int:
+    """Every reason not to start, one line each on the way, and the exit code of the first."""
+    code = 0
+    for finding in findings():
+        if finding.stops:
+            print(error_line(finding.text), flush=True)
+            code = code or finding.stops
+        elif finding.mark == WRONG:
+            print(f"octavo: warning: {finding.text}", flush=True)
+    if not code:
+        print("octavo: settings, model folder, Triton and ports are in order")
+    return code

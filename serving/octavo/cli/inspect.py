@@ -116,6 +116,7 @@ def inspect(folder: Path, settings: Settings) -> Inspection:
         source=TensorSource(folder),
         quantization=config.quantization,
         weight_quant=settings.weight_quant,
+        head_quant=settings.head_quant,
         float_dtype=FLOAT_TYPES.get(settings.dtype),
         measure=True,
     )

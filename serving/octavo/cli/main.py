@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "measure a server: throughput, time to first token, gaps",
     "inspect": "what a checkpoint holds and how it would be loaded",
     "quantize": "make an int8 checkpoint of a float one",
+    "merge": "fold a LoRA adapter into a float checkpoint",
 }
 
 

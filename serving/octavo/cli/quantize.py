@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a float checkpoint")
     parser.add_argument("--scheme", required=True, help=NAMES)
     parser.add_argument("--calibration", required=True, metavar="FILE.jsonl|self", help="texts or messages, or self")
+    parser.add_argument("--held-out", metavar="FILE.jsonl", type=Path, help="text to measure on instead of one in five")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder to make")
     parser.add_argument("--samples", type=int, default=128, help="sequences used; one in five is measured on (128)")
     parser.add_argument("--max-tokens", type=int, default=512, help="of a sequence; longer texts become several (512)")
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-gptq", action="store_true", help="nearest rounding")
     parser.add_argument("--no-act-order", action="store_true", help="GPTQ in the order of columns")
     parser.add_argument("--no-kv-smoothing", action="store_true", help="leave outliers of K where they are")
+    parser.add_argument("--no-clipping", action="store_true", help="static input scales hold every value seen")
     parser.add_argument("--no-ablation", action="store_true", help="make only the last variant: quicker")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Make the checkpoint. Exit code 1: it cannot be made, with one line that says why."""
     try:
         options = _options(arguments)
-        outcome = _make(options, progress=not arguments.quiet)
+        outcome = _make(options, arguments.held_out, progress=not arguments.quiet)
     except (CheckpointError, SettingsError, TokenizerError) as error:
         print(f"octavo: error: {error}", file=sys.stderr)
         return 1
@@ -70,22 +72,26 @@ def _options(arguments: argparse.Namespace) -> Options:
         smoothing=not arguments.no_smoothing,
         gptq=not arguments.no_gptq,
         keys=not arguments.no_kv_smoothing,
+        clipping=not arguments.no_clipping,
         act_order=not arguments.no_act_order,
         cache_per_head=arguments.kv_scales == "head",
         ablation=not arguments.no_ablation,
     )
 
 
-def _make(options: Options, *, progress: bool) -> Outcome:
+def _make(options: Options, held_out: Path | None, *, progress: bool) -> Outcome:
     check(options)
-    text = _text(options, progress=progress)
+    text = _text(options, held_out, progress=progress)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("quantize", total=1.0)
         return quantize(options, text, lambda stage, done: bar.update(task, description=stage, completed=done))
 
 
-def _text(options: Options, *, progress: bool) -> CalibrationText:
+def _text(options: Options, held_out: Path | None, *, progress: bool) -> CalibrationText:
+    tokenizer, apart = Tokenizer.load(options.model), None
+    if held_out is not None:
+        apart = read_text(held_out, tokenizer, max_tokens=options.max_tokens, flag="--held-out")
     if options.calibration == SELF:
         sequences = write_own_text(
             options.model,
@@ -95,9 +101,8 @@ def _text(options: Options, *, progress: bool) -> CalibrationText:
             progress=progress,
         )
     else:
-        tokenizer = Tokenizer.load(options.model)
         sequences = read_text(Path(options.calibration), tokenizer, max_tokens=options.max_tokens)
-    return split(sequences, num_samples=options.num_samples, seed=options.seed)
+    return split(sequences, num_samples=options.num_samples, seed=options.seed, held_out=apart)
 
 
 def _lines(options: Options, outcome: Outcome) -> list[str]:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import zmq
 
 from octavo.engine import run_dir
-from octavo.engine.core import EngineCore, default_budget, make_scheduler
+from octavo.engine.core import EngineCore, scheduler_for
 from octavo.engine.server import Link, LoadFailed, Progress, Server, Stop
 from octavo.settings import Settings, SettingsError, misspelled, set_thread_environ
 
@@ -79,14 +79,12 @@ def loader(settings: Settings) -> Callable[[Progress], EngineCore]:
     """What loads the model on the server's second thread."""
 
     def load(progress: Progress) -> EngineCore:
-        from octavo.engine.runner import load_runner  # torch: heavy, so only now
+        from octavo.engine.load import load_runner  # torch: heavy, so only now
 
         runner = load_runner(settings, progress)
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not look at it between steps
-        budget = settings.max_num_batched_tokens or default_budget(runner.info)
-        scheduler = make_scheduler(runner.info, max_num_batched_tokens=budget, prefix_cache=settings.prefix_cache)
-        return EngineCore(scheduler, runner, time.monotonic)
+        return EngineCore(scheduler_for(settings, runner.info), runner, time.monotonic)
 
     return load
 

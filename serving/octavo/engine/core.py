@@ -17,21 +17,42 @@ from octavo.protocol.messages import EngineInfo, EngineStats, SequenceOutput, Su
 from octavo.scheduling.block_pool import BlockPool
 from octavo.scheduling.plan import StepPlan
 from octavo.scheduling.scheduler import MAX_IN_FLIGHT, Limits, Scheduler
+from octavo.settings import Settings
 
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]  # seconds of a monotonic clock
 
 
-def make_scheduler(info: EngineInfo, *, max_num_batched_tokens: int, prefix_cache: bool) -> Scheduler:
+def make_scheduler(
+    info: EngineInfo,
+    *,
+    max_num_batched_tokens: int,
+    prefix_cache: bool,
+    speculation: str = "none",
+    speculation_tokens: int = 8,
+) -> Scheduler:
     """A scheduler over the cache that the runner has."""
     limits = Limits(
         batch_size=info.batch_size,
         max_num_batched_tokens=max_num_batched_tokens,
         context_length=info.context_length,
         vocab_size=info.vocab_size,
+        speculation=speculation == "ngram",
+        max_draft_tokens=speculation_tokens,
     )
     return Scheduler(BlockPool(info.num_blocks, prefix_cache=prefix_cache), limits)
+
+
+def scheduler_for(settings: Settings, info: EngineInfo) -> Scheduler:
+    """The scheduler that the settings ask for."""
+    return make_scheduler(
+        info,
+        max_num_batched_tokens=settings.max_num_batched_tokens or default_budget(info),
+        prefix_cache=settings.prefix_cache,
+        speculation=settings.speculation,
+        speculation_tokens=settings.speculation_tokens,
+    )
 
 
 def default_budget(info: EngineInfo) -> int:
@@ -39,8 +60,12 @@ def default_budget(info: EngineInfo) -> int:
 
     The chunk is small enough that the gap between the tokens of the others stays short.
     """
-    on_cpu = info.kernels.startswith(("reference", "avx", "cpu"))
-    return info.batch_size + (128 if on_cpu else 4096)
+    return budget_of(info.kernels, batch_size=info.batch_size)
+
+
+def budget_of(kernels: str, *, batch_size: int) -> int:
+    """The same before there is an engine."""
+    return batch_size + (4096 if kernels == "gpu" else 128)
 
 
 def incident_id() -> str:

@@ -17,7 +17,7 @@ from octavo.settings import Settings
 MAX_HEADER_BYTES = 100 << 20
 MAX_SMALL_FILE = 64 << 20
 SMALL_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
-FIELDS = ("weight_quant", "dtype", "use_cache_kv_int8", "mp_num", "device", "kernels", "block_size")
+FIELDS = ("weight_quant", "head_quant", "dtype", "use_cache_kv_int8", "mp_num", "device", "kernels", "block_size")
 
 
 def fingerprint(settings: Settings) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from octavo.kernels.interface import BLOCK, CacheSpec, Kernels, LayerCache
+from octavo.kernels.interface import BLOCK, SEGMENT, CacheSpec, Kernels, LayerCache
 from octavo.models.config import ModelConfig
 from octavo.quantization.scheme import CacheScheme
 from octavo.settings import Settings, SettingsError
@@ -67,6 +67,20 @@ def count_blocks(
         )
         raise SettingsError("KV_MEMORY_FRACTION", fraction, allowed)
     return min(blocks, (settings.batch_size + 1) * one_sequence)  # one more, for prefixes worth keeping
+
+
+def workspace_bytes(config: ModelConfig, *, rows: int, batch_size: int, longest: int) -> int:
+    """Device memory that steps need beside weights and cache, rounded up: activations of `rows`, logits, partials.
+
+    A layer holds at most the residual stream, its norm, and its two widest intermediates at once, in float32; decode
+    attention leaves a partial result for each segment of the longest sequence.
+    """
+    wide = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    activations = rows * (4 * config.hidden_size + 2 * wide) * 4
+    logits = 3 * batch_size * config.vocab_size * 4
+    segments = math.ceil(longest / SEGMENT)
+    partials = batch_size * config.num_heads * segments * (config.head_dim + 2) * 4
+    return activations + logits + partials + 512 * MIB  # and compiled kernels, small buffers, fragments
 
 
 def make_caches(kernels: Kernels, specs: Sequence[CacheSpec], num_blocks: int) -> list[LayerCache]:

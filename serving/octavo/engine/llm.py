@@ -19,7 +19,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from octavo.engine.core import EngineCore, default_budget, make_scheduler
+from octavo.engine.core import EngineCore, scheduler_for
 from octavo.engine.interface import Runner
 from octavo.engine.offline import (
     Answer,
@@ -102,9 +102,7 @@ class LLM:
     def _set_up(self, settings: Settings, tokenizer: Tokenizer, runner: Runner) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
-        budget = settings.max_num_batched_tokens or default_budget(runner.info)
-        scheduler = make_scheduler(runner.info, max_num_batched_tokens=budget, prefix_cache=settings.prefix_cache)
-        self._core = EngineCore(scheduler, runner, time.monotonic)
+        self._core = EngineCore(scheduler_for(settings, runner.info), runner, time.monotonic)
         self._answers: dict[int, Answer] = {}  # of the sequences that have not ended
         self._next_id = 0
 
@@ -240,7 +238,7 @@ class LLM:
 
 def _load(settings: Settings, *, progress: bool) -> Runner:
     set_thread_environ(settings)
-    from octavo.engine.runner import load_runner  # torch: heavy, and reads the environment when imported
+    from octavo.engine.load import load_runner  # torch: heavy, and reads the environment when imported
 
     with _bar(progress) as bar:
         task = bar.add_task("loading", total=100, speed="")

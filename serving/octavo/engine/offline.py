@@ -40,6 +40,7 @@ class Sampling:
     seed: int | None = None  # None: a new one for every prompt; Completion.seed says which
     logprobs: int | None = None  # also of the k most probable tokens; 0: of the sampled one only
     prompt_logprobs: int | None = None
+    speculation: bool | None = None  # guess tokens and verify several a step; None: as SPECULATION says
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -99,10 +100,10 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, *, raw: bool) -> list[in
             return list(cast("Sequence[int]", prompt))
         if tokenizer.chat_template is None:
             raise InvalidRequest("the model has no chat template; give a text or token ids", field="messages")
-        return tokenizer.encode(tokenizer.chat_template.render(cast(Messages, prompt)))
+        return tokenizer.encode_chat(cast(Messages, prompt))[1]
     if raw or tokenizer.chat_template is None:
         return tokenizer.encode(prompt, add_special_tokens=True)
-    return tokenizer.encode(tokenizer.chat_template.render([{"role": "user", "content": prompt}]))
+    return tokenizer.encode_chat([{"role": "user", "content": prompt}])[1]
 
 
 def sampling_params(
@@ -130,6 +131,7 @@ def sampling_params(
         seed=seed % (1 << 64),
         logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
         prompt_logprobs=-1 if sampling.prompt_logprobs is None else sampling.prompt_logprobs,
+        speculation=sampling.speculation,
     )
 
 
@@ -174,10 +176,16 @@ class Answer:
         self._logprobs += output.logprobs or []
         self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
         self._cached_tokens = self._cached_tokens or output.cached_tokens
-        self._num_sampled += len(output.token_ids)
         ended_by = output.token_ids[-1] if output.finish_reason == "stop" and output.token_ids else None
         tokens = output.token_ids if ended_by is None else output.token_ids[:-1]
-        stopped = any(self._text.feed(token_id) for token_id in tokens)
+        stopped = False
+        for token_id in tokens:  # what follows a stop string was not asked for
+            self._num_sampled += 1
+            stopped = self._text.feed(token_id)
+            if stopped:
+                break
+        else:
+            self._num_sampled += ended_by is not None
         if not stopped and output.finish_reason is not None:
             stopped = self._text.finish()
         if stopped:

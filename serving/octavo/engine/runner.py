@@ -11,29 +11,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from octavo.engine.fingerprint import fingerprint
-from octavo.engine.interface import Runner, RunnerError
-from octavo.engine.kv_cache import available_memory, cache_specs, count_blocks, longest_sequence, make_caches
+from octavo.engine.drawn import accept, logprob_entries, rows_of, spread
+from octavo.engine.interface import RunnerError
 from octavo.engine.sampler import SlotStates
-from octavo.engine.step_tensors import forward_batch, prompt_rows
-from octavo.kernels.choose import choose
-from octavo.kernels.interface import BLOCK, Kernels, LayerCache
-from octavo.models.config import ModelConfig, load_config
+from octavo.engine.step_tensors import BlockTables, forward_batch, prompt_rows
+from octavo.kernels.interface import LayerCache
+from octavo.models.batch import ForwardBatch
 from octavo.models.decoder import Decoder
-from octavo.models.loader import LoadOptions, Progress, load_decoder
-from octavo.parallel.group import make_group
-from octavo.protocol.messages import EngineInfo, SamplingParams, TokenLogprobs
-from octavo.quantization.formats.reader import ReaderInputs
-from octavo.quantization.formats.source import TensorSource
-from octavo.quantization.scheme import FLOAT_TYPES
+from octavo.protocol.messages import EngineInfo, TokenLogprobs
 from octavo.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
-from octavo.settings import Settings
 
 LOG = logging.getLogger(__name__)
 LOGPROB_ROWS = 64  # prompt rows whose logits are in memory at once
@@ -79,15 +70,36 @@ class CpuRunner:
     def _work(self, torch_threads: int | None) -> None:
         if torch_threads is not None:
             torch.set_num_threads(torch_threads)  # holds for this thread and those that start later
-        while (plan := self._plans.get()) is not None:
-            self._results.put(self._attempt(plan))
+        held: StepResult | Exception | None = None  # of the plan before, until the next one's tensors are made
+        while True:
+            if held is not None and self._plans.empty():
+                self._results.put(held)
+                held = None
+            plan = self._plans.get()
+            if plan is None:
+                break
+            held = self._attempt(plan, held)
+        if held is not None:
+            self._results.put(held)
 
-    def _attempt(self, plan: StepPlan) -> StepResult | Exception:
+    def _attempt(self, plan: StepPlan, before: StepResult | Exception | None) -> StepResult | Exception:
+        """Run a plan. The result before goes out once only native code is ahead: the engine loop takes the interpreter
+        lock to work on it, and would else hold up this thread.
+        """
         started = self._clock()
+        batch: ForwardBatch | Exception | None
         try:
-            with torch.inference_mode():
-                result = self._step.run(plan)
+            batch = self._step.prepare(plan)
         except Exception as error:  # the engine loop's edge: it reaches the loop through `collect`
+            batch = error
+        if before is not None:
+            self._results.put(before)
+        try:
+            if isinstance(batch, Exception):
+                raise batch
+            with torch.inference_mode():
+                result = self._step.run(plan, batch)
+        except Exception as error:  # as above
             LOG.exception("step %d failed", plan.step_id)
             return error
         result.seconds = self._clock() - started
@@ -102,42 +114,51 @@ class _Step:
         self._kernels = model.kernels
         self._caches = caches
         self._slots = slots
+        self._tables = BlockTables(slots.num_slots)
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def prepare(self, plan: StepPlan) -> ForwardBatch | None:
+        """The plan as tensors, None if it is empty. What it starts and ends takes effect."""
         for slot in plan.evicted_slots:
             self._slots.release(slot)
         for step in plan.sequences:
             if step.fresh:
                 self._slots.start(step)
         if not plan.sequences:
-            return StepResult(plan.step_id, [], [])
-        batch = forward_batch(plan.sequences, self._slots.last_token, device=self._kernels.device)
-        hidden = self._model.hidden(batch, self._caches)  # [R, H]: rows that sample, then rows of prompts
-        num_sampling = sum(step.sample for step in plan.sequences)
-        sampled = self._sample([step for step in plan.sequences if step.sample], hidden[:num_sampling])
-        prompt = self._prompt_logprobs(plan.sequences, hidden[num_sampling:])
-        return StepResult(plan.step_id, [next(sampled) if step.sample else None for step in plan.sequences], prompt)
+            return None
+        return forward_batch(plan.sequences, self._slots.last_token, self._tables, device=self._kernels.device)
 
-    def _sample(self, steps: Sequence[SequenceStep], hidden: Tensor) -> Iterator[Sampled]:
+    def run(self, plan: StepPlan, batch: ForwardBatch | None) -> StepResult:
+        """Compute what `prepare` made, and sample."""
+        steps = plan.sequences
+        if batch is None:
+            return StepResult(plan.step_id, [], [])
+        hidden = self._model.hidden(batch, self._caches)  # [R, H]: rows that sample, then rows of prompts
+        sampling = [step for step in steps if step.sample]
+        num_rows = len(sampling) + sum([step.num_drafts for step in sampling])
+        drawn = self._draw(sampling, hidden[:num_rows] if num_rows < len(hidden) else hidden)
+        sampled = drawn if len(sampling) == len(steps) else spread(steps, drawn)
+        return StepResult(plan.step_id, sampled, self._prompt_logprobs(steps, hidden[num_rows:]))
+
+    def _draw(self, steps: Sequence[SequenceStep], hidden: Tensor) -> list[Sampled | None]:
+        """One entry for each of `steps`; hidden [R, H] has a row for each, and one more for each draft."""
         if not steps:
-            return iter(())
-        logits = self._model.logits(hidden)  # [B, V]
-        wanted = [index for index, step in enumerate(steps) if step.params.logprobs >= 0]
+            return []
+        logits = self._model.logits(hidden)  # [R, V]
+        wanted = [row for row, step in rows_of(steps) if step.params.logprobs >= 0]
         raw = logits[wanted] if wanted else None  # sampling may change the logits
-        tokens = self._kernels.sample(logits, self._slots.rows(steps, device=self._kernels.device))
-        token_ids = tokens.tolist()
-        for step, token_id in zip(steps, token_ids):
-            self._slots.record(step.slot, token_id)
-        entries: list[TokenLogprobs | None] = [None] * len(steps)
+        tokens = self._kernels.sample(logits, self._slots.rows(steps, device=self._kernels.device)).tolist()
+        results = [Sampled(token_id) for token_id in tokens]  # of all rows, as if every draft came true
         if raw is not None:
-            num_tops = [steps[index].params.logprobs for index in wanted]
-            for index, entry in zip(wanted, self._logprobs(raw, [token_ids[index] for index in wanted], num_tops)):
-                entries[index] = entry
-        return iter([Sampled(token_id, entry) for token_id, entry in zip(token_ids, entries)])
+            num_tops = [step.params.logprobs for _, step in rows_of(steps) if step.params.logprobs >= 0]
+            for row, entry in zip(wanted, self._logprobs(raw, [tokens[row] for row in wanted], num_tops)):
+                results[row].logprobs = entry
+        return accept(steps, results, self._slots.record)
 
     def _prompt_logprobs(self, steps: Sequence[SequenceStep], hidden: Tensor) -> list[list[TokenLogprobs] | None]:
         """Of the prompt tokens that this step's rows predict; None for sequences that did not ask."""
         results: list[list[TokenLogprobs] | None] = []
+        if not len(hidden):
+            return [None if step.params.prompt_logprobs < 0 else [] for step in steps]
         first = 0
         for step in steps:
             if step.params.prompt_logprobs < 0:
@@ -159,116 +180,4 @@ class _Step:
         tokens = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
         num_top = min(max(num_tops), logits.shape[1])
         columns = [part.tolist() for part in self._kernels.logprobs(logits, tokens, num_top)]
-        return [
-            TokenLogprobs(token_id, logprob, rank, tuple(top_ids[:top]), tuple(top_logprobs[:top]))
-            for token_id, logprob, rank, top_ids, top_logprobs, top in zip(token_ids, *columns, num_tops)
-        ]
-
-
-def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], float] = time.monotonic) -> Runner:
-    """Load the model that the settings name, ready to run. `progress(stage, fraction)` is called now and then.
-
-    Raises CheckpointError, SettingsError, ParallelError or NoSuchKernels, each with one line for the user.
-    """
-    started = clock()
-    group = make_group(settings.mp_num)
-    progress("configuration", 0.0)
-    model_dir = Path(settings.model_dir)
-    config = load_config(model_dir, config_path=settings.model_config_path)
-    if settings.max_seq_len > config.context_length:
-        LOG.warning("MAX_SEQ_LEN=%d lowered to the model's context of %d", settings.max_seq_len, config.context_length)
-    kernels = choose(settings.kernels, device=_device(settings), num_threads=settings.num_threads)
-    inputs = ReaderInputs(
-        source=TensorSource(model_dir),
-        quantization=config.quantization,
-        weight_quant=settings.weight_quant,
-        float_dtype=FLOAT_TYPES.get(settings.dtype),
-    )
-    longest = longest_sequence(settings, context_length=config.context_length)
-    options = LoadOptions(max_positions=longest + 1, int8_cache=settings.use_cache_kv_int8)
-    model = load_decoder(config, inputs, kernels, group, options=options, progress=progress)
-    progress("cache", 0.0)
-    caches = _make_caches(settings, model)
-    info = _engine_info(settings, model, num_blocks=caches[0].num_blocks, load_seconds=clock() - started)
-    runner = CpuRunner(model, caches, info, torch_threads=_torch_threads(settings, kernels), clock=clock)
-    if settings.use_warmup:
-        progress("warmup", 0.0)
-        warm_up(runner, num_tokens=min(WARMUP_TOKENS, longest - 1))
-    progress("ready", 1.0)
-    return runner
-
-
-def warm_up(runner: Runner, *, num_tokens: int) -> None:
-    """A prompt and a decode step on slot 0 and the first blocks; nobody reads those later. Raises RunnerError."""
-    params = SamplingParams(max_tokens=2, temperature=0.0)
-    prompt = [0] * num_tokens
-    blocks = list(range(num_tokens // BLOCK + 1))
-    for step_id, (start, token_ids) in enumerate(((0, prompt), (num_tokens, [0]))):
-        step = SequenceStep(
-            seq_id=0,
-            slot=0,
-            fresh=start == 0,
-            start=start,
-            token_ids=token_ids,
-            block_table=blocks,
-            sample=True,
-            num_outputs=step_id,
-            prompt_len=num_tokens,
-            params=params,
-            history=prompt if start == 0 else (),
-        )
-        runner.submit(StepPlan(step_id=step_id, sequences=[step]))
-        runner.collect()
-
-
-def _device(settings: Settings) -> torch.device:
-    return torch.device("cuda" if settings.device == "cuda" else "cpu")
-
-
-def _torch_threads(settings: Settings, kernels: Kernels) -> int | None:
-    """The reference computes with torch; other backends have their own threads, and torch's would fight for cores."""
-    return settings.num_threads if kernels.name == "reference" else 1
-
-
-def _cache_dtype(settings: Settings, config: ModelConfig) -> torch.dtype:
-    if settings.use_cache_kv_int8:
-        return torch.int8
-    return FLOAT_TYPES[config.dtype if settings.dtype == "auto" else settings.dtype]
-
-
-def _make_caches(settings: Settings, model: Decoder) -> list[LayerCache]:
-    kernels, config = model.kernels, model.config
-    specs = cache_specs(config, model.cache_schemes, dtype=_cache_dtype(settings, config), device=kernels.device)
-    num_blocks = count_blocks(
-        settings,
-        context_length=config.context_length,
-        block_bytes=sum(kernels.cache_block_bytes(spec) for spec in specs),
-        available_bytes=available_memory(kernels.device),
-        is_host=kernels.device.type == "cpu",
-    )
-    return make_caches(kernels, specs, num_blocks)
-
-
-def _engine_info(settings: Settings, model: Decoder, *, num_blocks: int, load_seconds: float) -> EngineInfo:
-    config = model.config
-    return EngineInfo(
-        model_name=settings.served_model_name,
-        architecture=config.architecture,
-        context_length=config.context_length,
-        vocab_size=config.vocab_size,
-        num_blocks=num_blocks,
-        block_size=BLOCK,
-        batch_size=settings.batch_size,
-        end_token_ids=config.end_token_ids,
-        fingerprint=fingerprint(settings),
-        weight_scheme=model.weight_scheme,
-        cache_scheme=_cache_scheme(settings, model),
-        kernels=model.kernels.name,
-        load_seconds=load_seconds,
-    )
-
-
-def _cache_scheme(settings: Settings, model: Decoder) -> str:
-    if not settings.use_cache_kv_int8:
-        return str(_cache_dtype(settings, model.config)).removeprefix("torch.")
-    return "int8 static" if model.cache_schemes[0].static else "int8 dynamic"
+        return logprob_entries(token_ids, columns, num_tops)

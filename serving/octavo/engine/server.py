@@ -234,7 +234,7 @@ class Server:
                 self._turn(core)
                 unchecked = True
             elif unchecked and self.clock() - core.last_progress > self.heartbeat_seconds:
-                core.scheduler.check_integrity()  # wrong books could give wrong answers: better to end
+                core.scheduler.check_idle()  # wrong books could give wrong answers: better to end
                 unchecked = False
             self._watch_front_end(core)
             self._beat(core)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 
 from octavo.frontend.engine_view import EngineView, Phase
+from octavo.frontend.key_usage import KeyUsage
 from octavo.frontend.quarantine import Quarantine
 from octavo.frontend.state import RequestState, SequenceState
 from octavo.protocol.errors import Conflict, InternalError, OctavoError, QueueFull, Unavailable
@@ -29,7 +30,8 @@ class Registry:
     """See the module. `send` puts a message into the link's outbox, `wake` a request into the delivery queue."""
 
     def __init__(self, *, batch_size: int, max_waiting: int, clock: Callable[[], float],
-                 send: Callable[[ToEngine], None], wake: Callable[[RequestState], None]) -> None:
+                 send: Callable[[ToEngine], None], wake: Callable[[RequestState], None],
+                 usage: KeyUsage | None = None) -> None:
         self._batch_size = batch_size
         self._max_waiting = max_waiting
         self._clock = clock
@@ -46,6 +48,7 @@ class Registry:
         self._holding = False  # some sequences wait for the quarantine to end
         self._draining = ""  # why admission is closed
         self._closed = False  # also to those who come back
+        self._usage = usage or KeyUsage()
         self.num_accepted = 0
         self.num_finished = 0  # ended as they should, without node's own
         self.engine = EngineView()
@@ -69,6 +72,9 @@ class Registry:
             self._by_req_id[state.req_id] = state
             self._requests[id(state)] = state
             self.num_accepted += 1
+            used = self._usage.of(request.key)
+            used.requests += 1
+            used.prompt_tokens += len(state.prompt_ids)
             for sequence in open_sequences:
                 self._enter(state, sequence)
             if len(open_sequences) < len(state.sequences):
@@ -84,6 +90,7 @@ class Registry:
         after = max(overflow, waiting + num_sequences if waiting else 0)
         exempt = request.resume_inside or older is not None  # who supersedes takes no new place
         if after > max(self._max_waiting, 0) and not exempt:
+            self._usage.of(request.key).refused += 1
             raise QueueFull(f"{waiting} requests are waiting (MAX_CACHED_TASK_NUM {self._max_waiting})")
 
     def _check_phase(self, request: Request) -> None:
@@ -111,8 +118,9 @@ class Registry:
         if self.engine.phase is Phase.READY and not sequence.in_engine:
             state = self._owner[sequence.seq_id]
             sequence.in_engine, sequence.num_at_submit = True, len(sequence.received)
+            request = state.request
             self._send(Submit(sequence.seq_id, state.prompt_ids, sequence.params, list(sequence.received),
-                              state.request.priority))
+                              request.priority, request.tenant or request.key or ""))
 
     def _submit_held(self) -> None:
         """After a change of the quarantine: the suspect whose turn it is, or all who had to wait for suspects."""
@@ -249,6 +257,8 @@ class Registry:
     def release(self, state: RequestState, *, finished: bool = False) -> None:
         """The request has ended (`finished`: as it should): its req_id is free, its sequences are aborted."""
         with self._lock:
+            if not state.done:
+                self._usage.of(state.request.key).generation_tokens += _num_generated(state)
             state.done = True
             self.num_finished += finished and state.request.owner != NODE
             if self._by_req_id.get(state.req_id) is state:
@@ -320,3 +330,9 @@ class Registry:
 
 def _shown(req_id: str) -> str:
     return req_id if len(req_id) <= 64 else req_id[:64] + "…"
+
+
+def _num_generated(state: RequestState) -> int:
+    """Tokens of all choices that came from the engine, without those that a resumed request brought."""
+    brought = sum(map(len, state.request.generated_token_ids))
+    return max(0, sum(len(sequence.received) for sequence in state.sequences) - brought)

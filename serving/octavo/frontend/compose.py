@@ -19,6 +19,10 @@ class Composer:
         self._last_only = last_only
         self._clock = clock
 
+    def is_bare(self, state: RequestState) -> bool:
+        """Whether a message in the middle of the output says nothing but its tokens."""
+        return len(state.sequences) == 1 and state.request.logprobs is None and not self._last_only
+
     def next_message(self, state: RequestState, sequence: SequenceState) -> TokenOut | None:
         """What a choice has to say now, if anything. With `finish` set it is its last message."""
         finish, output = sequence.finish, sequence.output

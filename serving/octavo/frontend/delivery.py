@@ -3,20 +3,26 @@
 It alone owns the output of sequences and it alone sends after a request was accepted. For each request with something
 pending it sends one message a choice, however many tokens came since the last one: one token a message while it keeps
 up. A request ends here: its req_id is free before its last message, which has the FINAL flag, leaves.
+
+What goes to a carrier is collected while there is something to deliver, and leaves as a batch when there is nothing
+any more, but not sooner after the last batch than PACE_SECONDS for each request that it spoke for: a batch costs the
+gateway a write for each of them, and engines with steps shorter than that would have it pay for each step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import uuid
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import msgspec
 
 from octavo.frontend import reporting
 from octavo.frontend.admission import Registry
+from octavo.frontend.carriers import CarriedSink, Carrier
 from octavo.frontend.compose import Composer
 from octavo.frontend.metrics import Metrics
 from octavo.frontend.sink import SinkClosed
@@ -27,11 +33,15 @@ from octavo.protocol.messages import SequenceOutput
 
 log = logging.getLogger("octavo.frontend")
 
+PACE_SECONDS = 0.00025  # per request in the last batch
+MAX_PACE_SECONDS = 0.02
+OVERDUE_SECONDS = 0.01  # a batch does not wait longer for the queue to become empty
+
 
 class Delivery:
-    """One thread over one queue of requests."""
+    """One thread over one queue of requests, and of carriers that have something to send."""
 
-    def __init__(self, *, queue: SimpleQueue[RequestState | None], registry: Registry, composer: Composer,
+    def __init__(self, *, queue: SimpleQueue[RequestState | Carrier | None], registry: Registry, composer: Composer,
                  metrics: Metrics, clock: Callable[[], float]) -> None:
         self._queue = queue
         self._registry = registry
@@ -39,6 +49,9 @@ class Delivery:
         self._metrics = metrics
         self._clock = clock
         self._encoder = msgspec.json.Encoder()
+        self._loaded: list[Carrier] = []  # with messages that wait for the next batch
+        self._flush_at = 0.0  # not before
+        self._overdue_at = 0.0
         self._thread = threading.Thread(target=self._run, name="octavo-delivery", daemon=True)
 
     def start(self) -> None:
@@ -50,8 +63,36 @@ class Delivery:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while (state := self._queue.get()) is not None:
-            self.serve(state)
+        while (item := self._next()) is not None:
+            if isinstance(item, Carrier):
+                self._load(item)
+            else:
+                self.serve(item)
+        self._flush()
+
+    def _next(self) -> RequestState | Carrier | None:
+        """What to look at next. On the way carriers are flushed: nothing is to be delivered now, or they waited."""
+        while self._loaded:
+            now = self._clock()
+            try:
+                if now < self._overdue_at:
+                    return self._queue.get_nowait()
+            except Empty:
+                with contextlib.suppress(Empty):
+                    if now < self._flush_at:
+                        return self._queue.get(timeout=self._flush_at - now)
+            self._flush()
+        return self._queue.get()
+
+    def _load(self, carrier: Carrier) -> None:
+        if not self._loaded:
+            self._overdue_at = max(self._clock(), self._flush_at) + OVERDUE_SECONDS
+        self._loaded.append(carrier)
+
+    def _flush(self) -> None:
+        loaded, self._loaded = self._loaded, []
+        count = sum(carrier.flush() for carrier in loaded)
+        self._flush_at = self._clock() + min(MAX_PACE_SECONDS, PACE_SECONDS * count)
 
     def serve(self, state: RequestState) -> None:
         """Deliver what is pending of one request. The edge of Triton's execute: here any failure becomes an error."""
@@ -121,6 +162,13 @@ class Delivery:
 
     def _send(self, state: RequestState) -> None:
         """One message for each choice that has something to say; the last one frees the req_id first."""
+        sink = state.sink
+        if isinstance(sink, CarriedSink):
+            if sink.bare and state.sequences[0].finish is None:
+                self._send_tokens(state, state.sequences[0], sink)
+                return
+            if sink.paused and any(sequence.finish is None for sequence in state.sequences):
+                return
         messages = []
         for sequence in state.sequences:
             message = self._composer.next_message(state, sequence)
@@ -134,6 +182,19 @@ class Delivery:
             self._send_message(state, sequence, message, final=last)
         if over:
             reporting.finished(state, error=None, now=self._clock())
+        elif messages and isinstance(sink, CarriedSink):
+            sink.bare = self._composer.is_bare(state)
+
+    def _send_tokens(self, state: RequestState, sequence: SequenceState, sink: CarriedSink) -> None:
+        """The common case on a carrier: nothing but new tokens of the only choice."""
+        if sink.paused or not sequence.output.has_free:
+            return
+        text, token_ids, _ = sequence.output.take()
+        self._note_sent(state, sequence, len(token_ids), self._clock())
+        self._metrics.messages += 1
+        send_idx = sequence.send_idx
+        sequence.send_idx = send_idx + 1
+        sink.send_tokens(text, token_ids, send_idx)
 
     def _send_message(self, state: RequestState, sequence: SequenceState, message: TokenOut, *, final: bool) -> None:
         now = self._clock()
@@ -159,10 +220,13 @@ class Delivery:
         self._metrics.e2e.observe(now - state.arrival)
         if sequence.finish is not None:
             self._metrics.finishes[sequence.finish.reason] += 1
+            code = Cancelled.status if sequence.finish.reason == "cancelled" else 200
+            self._metrics.requests[state.request.dialect, code] += 1
 
     def _fail(self, state: RequestState, error: OctavoError) -> None:
         self._registry.release(state)
         self._metrics.errors[error.status] += 1
+        self._metrics.requests[state.request.dialect, error.status] += 1
         reporting.finished(state, error=error, now=self._clock())
         state.sink.send(encode_error(error, state.req_id), True)
 
@@ -177,6 +241,7 @@ class Delivery:
         if not state.done:
             self._registry.release(state)
             self._metrics.finishes["cancelled"] += 1
+            self._metrics.requests[state.request.dialect, Cancelled.status] += 1
             reporting.finished(state, error=Cancelled("the receiver is gone"), now=self._clock())
 
     def _internal(self, state: RequestState) -> OctavoError:

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 
 from octavo.engine.fingerprint import fingerprint
 from octavo.frontend.admission import Registry
+from octavo.frontend.carriers import CarriedSink, Carrier, Carriers
 from octavo.frontend.compose import Composer
 from octavo.frontend.delivery import Delivery
 from octavo.frontend.engine_link import EngineLink, Events
@@ -26,7 +27,8 @@ from octavo.frontend.ops import QUICK, Ops
 from octavo.frontend.sink import Sink, SinkClosed
 from octavo.frontend.state import RequestState, TokenizerSlot
 from octavo.frontend.sweeper import Sweeper
-from octavo.protocol.errors import BodyTooLarge, OctavoError, Unavailable
+from octavo.protocol.carrier import ORDER_PREFIX
+from octavo.protocol.errors import BodyTooLarge, Cancelled, OctavoError, Unavailable
 from octavo.protocol.messages import EngineInfo, EngineStats, ToEngine
 from octavo.protocol.native import decode_body
 from octavo.settings import Settings
@@ -49,11 +51,11 @@ class FrontEnd:
         self._clock = clock
         self._slot = TokenizerSlot(tokenizer)
         self.metrics = Metrics()
-        deliveries: SimpleQueue[RequestState | None] = SimpleQueue()
+        deliveries: SimpleQueue[RequestState | Carrier | None] = SimpleQueue()
         self._inbox: SimpleQueue[Arrival | None] = SimpleQueue()
         self.registry = Registry(
             batch_size=settings.batch_size, max_waiting=settings.max_cached_task_num, clock=clock,
-            send=self._send_to_engine, wake=deliveries.put,
+            send=self._send_to_engine, wake=deliveries.put, usage=self.metrics.keys,
         )
         page = Page(self.metrics, model_name=settings.served_model_name, batch_size=settings.batch_size,
                     view=self._view)
@@ -65,7 +67,9 @@ class FrontEnd:
             settings, inbox=self._inbox, registry=self.registry, metrics=self.metrics, ops=self._ops, slot=self._slot,
             load=self._load_tokenizer, clock=clock, draw_seed=draw_seed,
         )
-        self._sweeper = Sweeper(registry=self.registry, clock=clock)
+        self._deliveries = deliveries
+        self._carriers = Carriers(wake=deliveries.put, submit=self._arrive, wake_up=self._wake_up, clock=clock)
+        self._sweeper = Sweeper(registry=self.registry, clock=clock, sweep_carriers=self._carriers.sweep)
         self._link = link(self.registry) if link is not None else self._own_link()
         for part in (self._delivery, self._intake, self._sweeper, self._link):
             part.start()
@@ -76,8 +80,21 @@ class FrontEnd:
         if len(raw) > self._settings.max_body_bytes:
             message = f"the request ({len(raw)} bytes) exceeds MAX_BODY_BYTES ({self._settings.max_body_bytes})"
             self._intake.refuse(sink, BodyTooLarge(message), triton_id or None)
+        elif raw.startswith(ORDER_PREFIX) and self._carriers.follow(raw, triton_id, sink):
+            pass
         elif len(raw) > QUICK_BYTES or b'"op"' not in raw or not self._answered(raw, triton_id, sink):
-            self._inbox.put(Arrival(raw, triton_id, sink, self._clock()))
+            self._arrive(raw, triton_id, sink)
+
+    def _arrive(self, raw: bytes, triton_id: str, sink: Sink) -> None:
+        self._inbox.put(Arrival(raw, triton_id, sink, self._clock()))
+
+    def _wake_up(self, sink: CarriedSink) -> None:
+        """A carried request is read again, or nobody waits for it any more."""
+        for state in self.registry.all_requests():
+            if state.sink is sink and sink.gone:
+                self.registry.post(state, Cancelled("the receiver gave up"))
+            elif state.sink is sink:
+                self._deliveries.put(state)
 
     def _answered(self, raw: bytes, triton_id: str, sink: Sink) -> bool:
         """Answer a quick op at once: those must not wait behind a long prompt."""
@@ -101,6 +118,7 @@ class FrontEnd:
         for state in self.registry.all_requests():
             self.registry.post(state, Unavailable("the server is shutting down"))
         self._delivery.stop(END_SECONDS)
+        self._carriers.end_all()
         self._sweeper.stop(END_SECONDS)
         self._link.close(END_SECONDS)
         log.info("front end ended")

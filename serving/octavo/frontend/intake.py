@@ -78,26 +78,30 @@ class Intake:
     def handle(self, arrival: Arrival) -> None:
         """Accept or refuse one body. The edge of Triton's execute: here any failure becomes an error."""
         req_id: str | None = arrival.triton_id or None
+        dialect = "native"
         try:
             body = decode_body(arrival.body)
             given = body.get("req_id")
             req_id = given if isinstance(given, str) and given else req_id
+            dialect = "openai" if body.get("dialect") == "openai" else dialect
             if body.get("op") is not None:
                 self._ops.answer(body, req_id, arrival.sink)
             else:
                 self._accept(body, req_id, arrival)
         except OctavoError as error:
-            self.refuse(arrival.sink, error, req_id)
+            self.refuse(arrival.sink, error, req_id, dialect=dialect)
         except SinkClosed:
             pass
         except Exception:
             incident = uuid.uuid4().hex[:12]
             log.exception("request %s failed (incident %s)", reporting.clean(req_id), incident)
-            self.refuse(arrival.sink, InternalError(f"internal error (incident {incident})"), req_id)
+            error = InternalError(f"internal error (incident {incident})")
+            self.refuse(arrival.sink, error, req_id, dialect=dialect)
 
-    def refuse(self, sink: Sink, error: OctavoError, req_id: str | None) -> None:
+    def refuse(self, sink: Sink, error: OctavoError, req_id: str | None, *, dialect: str = "native") -> None:
         """Answer with an error, in one message."""
         self._metrics.errors[error.status] += 1
+        self._metrics.requests[dialect, error.status] += 1
         reporting.refused(req_id, error)
         with contextlib.suppress(SinkClosed):
             sink.send(encode_error(error, req_id), True)

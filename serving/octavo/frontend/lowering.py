@@ -70,13 +70,13 @@ def make_prompt(request: Request, tokenizer: Tokenizer) -> Prompt:
         messages += [{"role": message.role, "content": message.content} for message in request.messages]
     else:
         messages.append({"role": "user", "content": request.text or ""})
-    text = template.render(
+    text, token_ids = tokenizer.encode_chat(
         messages,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         variables=request.chat_template_kwargs,
     )
-    return Prompt(tokenizer.encode(text), text)
+    return Prompt(token_ids, text)
 
 
 def sampling_params(request: Request, num_input: int, limits: Limits,
@@ -100,6 +100,7 @@ def sampling_params(request: Request, num_input: int, limits: Limits,
         end_token_ids=ends,
         logprobs=-1 if request.logprobs is None else request.logprobs,
         prompt_logprobs=-1 if request.prompt_logprobs is None else request.prompt_logprobs,
+        speculation=request.speculation,
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from octavo.frontend.key_usage import KeyUsage
 from octavo.protocol.messages import EngineInfo, EngineStats
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -55,6 +56,8 @@ class Metrics:
         self.messages = 0
         self.finishes: Counter[str] = Counter()
         self.errors: Counter[int] = Counter()
+        self.requests: Counter[tuple[str, int]] = Counter()  # by dialect and code; 200 is a sequence that ended well
+        self.keys = KeyUsage()
 
 
 class Page:
@@ -81,6 +84,7 @@ class Page:
         yield from self._states(running, waiting, info, stats or EngineStats())
         yield from self._requests()
         yield from self._tokens(stats or EngineStats())
+        yield from self._keys()
 
     def _states(self, running: int, waiting: int, info: EngineInfo | None, stats: EngineStats) -> Iterator[Metric]:
         blocks = info.num_blocks if info is not None else 0
@@ -112,6 +116,14 @@ class Page:
         yield from self._labelled("request_success", "Sequences by end", "finished_reason", finishes, alias=True)
         errors = {str(code): count for code, count in dict(metrics.errors).items()}
         yield from self._labelled("errors", "Requests refused or failed, by code", "code", errors)
+        yield self._traffic()
+
+    def _traffic(self) -> Metric:
+        doc = "Sequences that ended (code 200) and requests refused or failed, by dialect"
+        family = CounterMetricFamily("octavo_requests", doc, labels=["dialect", "code"])
+        for (dialect, code), count in sorted(dict(self._metrics.requests).items()):
+            family.add_metric([dialect, str(code)], count)
+        return family
 
     def _tokens(self, stats: EngineStats) -> Iterator[Metric]:
         metrics = self._metrics
@@ -123,7 +135,25 @@ class Page:
                                  "prefix_cache_queries", "gpu_prefix_cache_queries")
         yield from self._counter("prefix_cache_hits", "Prompt tokens found", stats.prefix_hit_tokens,
                                  "prefix_cache_hits", "gpu_prefix_cache_hits")
+        yield from self._counter("drafts", "Guesses of tokens that were verified", stats.num_drafts,
+                                 "spec_decode_num_drafts")
+        yield from self._counter("draft_tokens", "Tokens guessed", stats.draft_tokens, "spec_decode_num_draft_tokens")
+        yield from self._counter("accepted_tokens", "Guessed tokens that came true", stats.accepted_tokens,
+                                 "spec_decode_num_accepted_tokens")
         yield from self._counter("engine_steps", "Steps of the engine since its start", stats.steps)
+
+    def _keys(self) -> Iterator[Metric]:
+        """By the start of the key's digest; the key itself is nowhere."""
+        for name, doc in (
+            ("requests", "Requests accepted"),
+            ("refused", "Requests refused because the queue was full"),
+            ("prompt_tokens", "Tokens of prompts"),
+            ("generation_tokens", "Tokens generated"),
+        ):
+            family = CounterMetricFamily(f"octavo_key_{name}", f"{doc}, by API key", labels=["key"])
+            for key, usage in self._metrics.keys.items():
+                family.add_metric([key], getattr(usage, name))
+            yield family
 
     def _gauge(self, name: str, doc: str, value: float, *aliases: str) -> Iterator[Metric]:
         yield GaugeMetricFamily(f"octavo_{name}", doc, value=value)

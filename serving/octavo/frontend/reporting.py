@@ -34,8 +34,12 @@ def finished(state: RequestState, *, error: OctavoError | None, now: float) -> N
 
 
 def refused(req_id: str | None, error: OctavoError) -> None:
-    """A request that was never accepted."""
-    log.info("request %s refused %d: %s", clean(req_id), error.status, clean_message(error.message))
+    """A request that was never accepted. What is wrong with its values may quote them: for DEBUG only."""
+    said = clean_message(error.message)
+    log.debug("request %s: %s", clean(req_id), said)
+    if error.status == 400:
+        said = f"field {clean(error.field)}"
+    log.info("request %s refused %d: %s", clean(req_id), error.status, said)
 
 
 def clean_message(message: str) -> str:

@@ -13,7 +13,10 @@ class Sink(Protocol):
     """The way back to whoever sent a request. One thread at a time sends; another one may ask meanwhile."""
 
     def send(self, payload: bytes, final: bool) -> None:
-        """Send one message; the last one of the request has `final`. Raises SinkClosed."""
+        """Send one message; the last one of the request has `final`, and is empty if nothing is left to say.
+
+        Raises SinkClosed.
+        """
         ...
 
     def cancelled(self) -> bool:

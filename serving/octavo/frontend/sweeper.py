@@ -1,7 +1,8 @@
 """The sweeper thread: ends requests whose time is over or whose receiver gave up, waiting ones included.
 
 Asking a sink is a blocking round trip, so each one is asked twice a second at most, spread over the turns. It owns
-only `RequestState.next_check`; verdicts go through the registry to the delivery thread.
+only `RequestState.next_check`; verdicts go through the registry to the delivery thread. Carriers are looked after in
+the same turns.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ MAX_CHECKS = 40  # of sinks in one turn
 class Sweeper:
     """One thread; `sweep` is one turn."""
 
-    def __init__(self, *, registry: Registry, clock: Callable[[], float]) -> None:
+    def __init__(self, *, registry: Registry, clock: Callable[[], float],
+                 sweep_carriers: Callable[[], None] = lambda: None) -> None:
         self._registry = registry
+        self._sweep_carriers = sweep_carriers
         self._clock = clock
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="octavo-sweeper", daemon=True)
@@ -40,6 +43,7 @@ class Sweeper:
 
     def sweep(self) -> None:
         """Look at every deadline and at the sinks whose turn it is."""
+        self._sweep_carriers()
         now = self._clock()
         due = []
         for state in self._registry.all_requests():

@@ -13,8 +13,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,14 +26,20 @@ import uvicorn
 import uvloop
 
 from octavo.gateway.app import create_app
-from octavo.gateway.http_protocol import BoundedHttpProtocol
+from octavo.gateway.http_protocol import bounded
+from octavo.gateway.telemetry import tracing_of
 from octavo.gateway.upstream import Upstream
 from octavo.protocol import native
+from octavo.protocol.errors import OctavoError
 from octavo.settings import Settings, SettingsError
 
 BEAT_SECONDS = 0.5
+LOOK_SECONDS = 1.0  # between two questions to the model server
+AGAIN_SECONDS = 0.1  # while there is no answer
+ANSWER_SECONDS = 2.0
 END_SECONDS = 5  # under a parent that has let every request end before it asks
 KEEP_ALIVE_SECONDS = 65  # longer than the usual 60 s of proxies, so that they close first
+OTHER_FILES = 256  # descriptors of a worker that are no client's connection
 LEAST_MESSAGE_BYTES = 64 << 20  # log probabilities of a long prompt come in one message
 
 
@@ -39,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run until asked to end; the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m octavo.gateway", description="HTTP gateway worker")
     parser.add_argument("--fd", type=int, help="an inherited listening socket; the worker ends with its parent")
-    parser.add_argument("--beat", type=int, help="a pipe to its parent: a byte twice a second says that the loop turns")
+    parser.add_argument("--beat", type=int, help="a pipe to its parent: what this worker says of itself (see _beat)")
     given = parser.parse_args(arguments)
     fd = given.fd
     try:
@@ -57,9 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     _log_to_stderr(settings.log_level)
     drain_seconds = settings.drain_seconds if fd is None else min(settings.drain_seconds, END_SECONDS)
-    server = Server(make_config(settings, drain_seconds=drain_seconds))
+    upstream = make_upstream(settings)
+    room = room_for(settings.max_connections)
+    config = make_config(settings, upstream=upstream, drain_seconds=drain_seconds, max_connections=room)
+    try:
+        config.load()
+    except (ssl.SSLError, OSError) as error:
+        return _fail(f"TLS_CERTFILE={settings.tls_certfile}: cannot be used with TLS_KEYFILE: {error}", code=2)
+    server = Server(config)
     parent = os.pidfd_open(os.getppid()) if fd is not None else None
-    uvloop.run(_serve(server, listener, parent, given.beat))
+    uvloop.run(_serve(server, listener, parent, given.beat, upstream))
     return 0
 
 
@@ -80,16 +95,44 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=2048)
 
 
-def make_config(settings: Settings, *, drain_seconds: int | None = None) -> uvicorn.Config:
-    """uvicorn as this gateway wants it: httptools with a bounded head, no websockets, no log of its own."""
+def room_for(max_connections: int) -> int:
+    """As many of them as this process may have descriptors for, after asking for all that it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    room = max_connections if hard == resource.RLIM_INFINITY else max(1, min(max_connections, hard - OTHER_FILES))
+    if room < max_connections:
+        logging.getLogger("octavo.gateway").warning("MAX_CONNECTIONS is lowered to %d: ulimit -n is %d", room, hard)
+    return room
+
+
+def make_upstream(settings: Settings) -> Upstream:
+    """This worker's way to Triton."""
     max_message_bytes = max(LEAST_MESSAGE_BYTES, 2 * settings.max_body_bytes + (1 << 20))
-    upstream = Upstream(
+    return Upstream(
         settings.local_target(settings.grpc_port), max_message_bytes=max_message_bytes, clock=time.monotonic
     )
+
+
+def make_config(
+    settings: Settings,
+    *,
+    upstream: Upstream | None = None,
+    drain_seconds: int | None = None,
+    max_connections: int | None = None,
+) -> uvicorn.Config:
+    """uvicorn as this gateway wants it: httptools with bounds, no websockets, no log of its own."""
     return uvicorn.Config(
-        create_app(settings, upstream, native_schema=native.request_schema()),
+        create_app(
+            settings,
+            upstream or make_upstream(settings),
+            native_schema=native.request_schema(),
+            tracing=tracing_of(settings),
+        ),
         loop="uvloop",
-        http=BoundedHttpProtocol,
+        http=bounded(settings.max_connections if max_connections is None else max_connections),
+        ssl_certfile=settings.tls_certfile,
+        ssl_keyfile=settings.tls_keyfile,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -102,7 +145,7 @@ def make_config(settings: Settings, *, drain_seconds: int | None = None) -> uvic
 
 
 async def _serve(
-    server: uvicorn.Server, listener: socket.socket, parent: int | None, beat: int | None = None
+    server: uvicorn.Server, listener: socket.socket, parent: int | None, beat: int | None, upstream: Upstream
 ) -> None:
     """Serve until a signal comes, or until the parent dies: then at once, for nobody restarts what fails any more."""
 
@@ -114,18 +157,42 @@ async def _serve(
 
     if parent is not None:
         asyncio.get_running_loop().add_reader(parent, orphaned)
-    beating = asyncio.ensure_future(_beat(beat)) if beat is not None else None
+    tasks = []
+    if beat is not None:
+        tasks = [asyncio.ensure_future(work) for work in (_beat(beat), _look(beat, server, upstream))]
     await server.serve(sockets=[listener])
-    if beating is not None:
-        beating.cancel()
+    for task in tasks:
+        task.cancel()
 
 
 async def _beat(pipe: int) -> None:
-    """Show the parent that this loop turns. A full pipe is no error: then it is the parent that hangs."""
+    """Show the parent that this loop turns."""
     while True:
-        with contextlib.suppress(OSError):
-            os.write(pipe, b".")
+        _tell(pipe, b".")
         await asyncio.sleep(BEAT_SECONDS)
+
+
+async def _look(pipe: int, server: uvicorn.Server, upstream: Upstream) -> None:
+    """Tell the parent whether this worker reaches the model server (+) or not (-): a server that is back is of no use
+    to clients before the worker's own connection is.
+    """
+    while not server.started:
+        await asyncio.sleep(0.02)
+    while not server.should_exit:
+        try:
+            await upstream.ask({"op": "info"}, timeout=ANSWER_SECONDS)
+        except OctavoError:
+            _tell(pipe, b"-")
+            await asyncio.sleep(AGAIN_SECONDS)
+        else:
+            _tell(pipe, b"+")
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+def _tell(pipe: int, word: bytes) -> None:
+    """A full pipe is no error: then it is the parent that hangs."""
+    with contextlib.suppress(OSError):
+        os.write(pipe, word)
 
 
 def _log_to_stderr(level: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -21,19 +22,31 @@ from octavo.gateway.context import Context
 from octavo.gateway.edge import Edge
 from octavo.gateway.native_routes import answer_native
 from octavo.gateway.openai_routes import answer_native_as_openai, answer_openai
+from octavo.gateway.page import routes as page
 from octavo.gateway.responses import error_body, error_response, json_response
 from octavo.gateway.upstream import Upstream
 from octavo.protocol.errors import Cancelled, NotFound, OctavoError
 from octavo.protocol.openai import CHAT, TEXT
 from octavo.settings import Settings
 
+if TYPE_CHECKING:
+    from octavo.gateway.tracing import Tracing
+
 ALIAS = "/v1/chat/completions"  # some clients take this for their base URL
 
 
-def create_app(settings: Settings, upstream: Upstream, *, native_schema: dict[str, object] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    upstream: Upstream,
+    *,
+    native_schema: dict[str, object] | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The application. It starts `upstream` with itself and closes it at the end; `native_schema` is for
-    /openapi.json only.
+    /openapi.json only; `tracing`, where it is on, goes around both ends.
     """
+    if tracing is not None:
+        upstream = tracing.around(upstream)
     context = Context(settings, upstream)
 
     @asynccontextmanager
@@ -42,13 +55,16 @@ def create_app(settings: Settings, upstream: Upstream, *, native_schema: dict[st
         yield
         await upstream.close()
 
-    app = FastAPI(title="Octavo", version="1", lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(title="Octavo", version="1", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_middleware(Edge, api_keys=settings.api_keys, new_id=context.new_id)
+    if tracing is not None:
+        app.add_middleware(tracing.routes)
     app.add_exception_handler(OctavoError, _on_octavo_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     _add_generation(app, context, native_schema or {"type": "object"})
     _add_tools(app, context)
+    page.mount(app)
     return app
 
 
@@ -94,7 +110,7 @@ def _openai_only(context: Context, route: str) -> Callable[[Request], Awaitable[
 
 
 def _add_tools(app: FastAPI, context: Context) -> None:
-    @app.get("/health", tags=["server"], summary="200 while requests are taken")
+    @app.get("/health", tags=["server"], openapi_extra=openapi.HEALTH, summary="200 while requests are taken")
     async def health() -> Response:
         return await tool_routes.health(context)
 
@@ -105,8 +121,9 @@ def _add_tools(app: FastAPI, context: Context) -> None:
         return await tool_routes.model(context, request.path_params["name"])
 
     for base, shown in (("/v1", True), (ALIAS, False)):
-        app.get(f"{base}/models", tags=["models"], include_in_schema=shown)(models)
-        app.get(f"{base}/models/{{name:path}}", tags=["models"], include_in_schema=shown, openapi_extra=_NAME)(model)
+        one, tags = f"{base}/models/{{name:path}}", ["models"]
+        app.get(f"{base}/models", tags=tags, include_in_schema=shown, openapi_extra=openapi.MODELS)(models)
+        app.get(one, tags=tags, include_in_schema=shown, openapi_extra=openapi.MODEL)(model)
 
     @app.post("/tokenize", tags=["tokens"], openapi_extra=openapi.TOKENIZE, summary="text or messages to token ids")
     async def tokenize(request: Request) -> Response:
@@ -122,9 +139,6 @@ def _add_tools(app: FastAPI, context: Context) -> None:
             return await tool_routes.abort(request, context)
         except OctavoError as error:
             return error_response(error, NATIVE)
-
-
-_NAME = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
 
 
 def _dialect_of_path(request: Request) -> str | None:

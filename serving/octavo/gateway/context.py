@@ -17,7 +17,7 @@ from octavo.gateway.upstream import Upstream
 from octavo.protocol.errors import NotFound, OctavoError
 from octavo.settings import Settings
 
-INFO_SECONDS = 0.25  # how long an answer about the model's state is taken as true
+INFO_SECONDS = 0.5  # how long an answer about the model's state is taken as true
 
 
 @dataclass

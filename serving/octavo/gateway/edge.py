@@ -18,13 +18,14 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.gateway.bodies import OPENAI
+from octavo.gateway.page import routes as page
 from octavo.gateway.responses import SHUTTING_DOWN, error_response
 from octavo.protocol.errors import InternalError, OctavoError, Unauthorized
 
 log = logging.getLogger("octavo.gateway")
 
 KEY_NAME = "octavo.key"  # in the ASGI scope: a name of the API key, if keys are asked for
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health"}) | page.OPEN_PATHS
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:\-]")
 _MAX_ID = 128
 

@@ -1,8 +1,8 @@
 """The native dialect: a JSON line per message, or one object.
 
-Handlers of a gateway worker. A token message goes out as it came in, with `error_msg` and `error_code` put before its
-closing brace, so nothing is parsed twice. What the fields mean and whether they are valid is the front end's
-business.
+Handlers of a gateway worker. A message goes out as it came in, with `error_msg` and `error_code` put before its
+closing brace; messages that say no more than their tokens are written all at once. Whatever is there goes out in one
+write. What the fields mean and whether they are valid is the front end's business.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from octavo.gateway.responses import (
     while_connected,
 )
 from octavo.gateway.streams import begin, guarded
-from octavo.gateway.upstream import DEADLINE_MARGIN, Event
+from octavo.gateway.upstream import DEADLINE_MARGIN, Batch
 from octavo.protocol.errors import InvalidRequest, OctavoError
 from octavo.protocol.fields import wrong_type
 
 DEFAULT_TIMEOUT = 300.0
-_GOOD = b',"error_msg":"","error_code":0}'
+_GOOD = b',"error_msg":"","error_code":0}\n'
+_encoder = msgspec.json.Encoder()
 _STREAM_ONLY = ("token", "token_ids", "send_idx", "is_end", "index", "fingerprint")
+_OF_THE_PROMPT = ("prompt", "prompt_token_ids", "prompt_logprobs")
 _GATEWAY_ONLY = ("stream", "response_type", "model")
 # words of the inner wire that a native body has no use for
-_FORBIDDEN = ("op", "dialect", "raw_text", "resume_inside", "owner", "key")
+_FORBIDDEN = ("op", "dialect", "raw_text", "resume_inside", "owner", "key", "tenant")
 
 
 def inner_request(body: dict[str, object], context: Context) -> dict[str, object]:
@@ -54,9 +56,13 @@ def inner_request(body: dict[str, object], context: Context) -> dict[str, object
 
 
 def key_of(request: Request) -> dict[str, object]:
-    """The field by which the front end tells apart whose request it is; empty where no keys are asked for."""
+    """The field by which the front end tells apart whose request it is: the key, or where none is asked for the
+    address, which only decides whose turn it is.
+    """
     name = request.scope.get(KEY_NAME)
-    return {} if name is None else {"key": name}
+    if name is not None:
+        return {"key": name}
+    return {} if request.client is None else {"tenant": request.client.host[:64]}
 
 
 def timeout_of(request: dict[str, object]) -> float:
@@ -95,36 +101,41 @@ async def answer_native(request: Request, body: dict[str, object], context: Cont
     )
 
 
-async def _lines(first: Event, events: AsyncGenerator[Event, None], req_id: str) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        yield _line(first[1])
+async def _lines(first: Batch, batches: AsyncGenerator[Batch, None], req_id: str) -> AsyncGenerator[bytes, None]:
+    async with aclosing(batches):
+        yield _lines_of(first)
         try:
-            async for _, raw in guarded(events):
-                yield _line(raw)
+            async for batch in guarded(batches):
+                yield _lines_of(batch)
         except OctavoError as error:
             yield _error_line(error, req_id)
+
+
+def _lines_of(batch: Batch) -> bytes:
+    """A line a message, in one piece. What came as an object stands last in most batches, if there is one."""
+    num_bare = next((at for at, (_, raw) in enumerate(batch) if raw is not None), len(batch))
+    lines = _encoder.encode_lines([message for message, _ in batch[:num_bare]])
+    for message, raw in batch[num_bare:]:
+        lines += _encoder.encode_lines([message]) if raw is None else raw[: raw.rindex(b"}")] + _GOOD
+    return lines
 
 
 def _error_line(error: OctavoError, req_id: str) -> bytes:
     return bytes(msgspec.json.encode({**error.as_native(req_id), "is_end": 1})) + b"\n"
 
 
-def _line(raw: bytes) -> bytes:
-    return raw[: raw.rindex(b"}")] + _GOOD + b"\n"
-
-
-async def _whole(events: AsyncIterator[Event], *, wants_usage: bool) -> dict[str, object]:
+async def _whole(batches: AsyncIterator[Batch], *, wants_usage: bool) -> dict[str, object]:
     """Collect a stream into one object: its last message, without what only streams need."""
     logprobs: list[object] = []
     kept: dict[str, object] = {}
-    raw = b"{}"
-    async for message, raw in events:
-        if message.logprobs is not None:
-            logprobs += msgspec.to_builtins(message.logprobs)
-        if message.prompt is not None:
-            first = msgspec.json.decode(raw)
-            kept = {name: first[name] for name in ("prompt", "prompt_token_ids", "prompt_logprobs") if name in first}
-    last = msgspec.json.decode(raw)
+    raw: bytes | None = None
+    async for batch in batches:
+        for message, raw in batch:
+            if message.logprobs is not None:
+                logprobs += msgspec.to_builtins(message.logprobs)
+            if message.prompt is not None and raw is not None:
+                kept = {name: value for name, value in msgspec.json.decode(raw).items() if name in _OF_THE_PROMPT}
+    last = msgspec.json.decode(raw or b"{}")
     answer = {name: value for name, value in last.items() if name not in _STREAM_ONLY} | kept
     if logprobs:
         answer["logprobs"] = logprobs

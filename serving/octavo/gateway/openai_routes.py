@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from itertools import takewhile
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,12 +25,12 @@ from octavo.gateway.responses import (
     while_connected,
 )
 from octavo.gateway.streams import begin, guarded, merged, numbered
-from octavo.gateway.upstream import DEADLINE_MARGIN, Event
+from octavo.gateway.upstream import DEADLINE_MARGIN, Batch
 from octavo.protocol.errors import Cancelled, OctavoError
 from octavo.protocol.openai import CHAT, OpenAIRequest, parse
 from octavo.protocol.openai_answers import Answer, error_event
 
-Numbered = tuple[int, Event]
+Numbered = tuple[int, Batch]  # of the prompt with that number
 
 
 async def answer_openai(request: Request, body: dict[str, object], context: Context, *, route: str) -> Response:
@@ -80,35 +81,38 @@ async def _answer(
 ) -> Response:
     streams = [context.upstream.generate(one, timeout=timeout) for one in inner]
     single = len(streams) == 1
-    events = numbered(streams[0]) if single else merged(streams, at_once=context.settings.batch_size)
+    batches = numbered(streams[0]) if single else merged(streams, at_once=context.settings.batch_size)
     if not stream:
-        return json_response(await while_connected(request, _whole(events, answer)))
-    first = await while_connected(request, begin(events))
+        return json_response(await while_connected(request, _whole(batches, answer)))
+    first = await while_connected(request, begin(batches))
     return StreamResponse(
-        _events(first, events, answer),
+        _events(first, batches, answer),
         headers=SSE,
         seconds=len(inner) * (timeout + DEADLINE_MARGIN) + STALL_SECONDS,
         last_words=error_event(openai_error(SHUTTING_DOWN)),
     )
 
 
-async def _whole(events: AsyncGenerator[Numbered, None], answer: Answer) -> bytes:
-    async with aclosing(events):
-        async for number, (message, _) in events:
-            _check_cancelled(message.finish_reason)
-            answer.add(number, message)
+async def _whole(batches: AsyncGenerator[Numbered, None], answer: Answer) -> bytes:
+    async with aclosing(batches):
+        async for number, batch in batches:
+            for message, _ in batch:
+                _check_cancelled(message.finish_reason)
+                answer.add(number, message)
     return answer.whole()
 
 
 async def _events(
-    first: Numbered, events: AsyncGenerator[Numbered, None], answer: Answer
+    first: Numbered, batches: AsyncGenerator[Numbered, None], answer: Answer
 ) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
+    async with aclosing(batches):
         try:
-            async for number, (message, _) in guarded(_chain(first, events)):
-                _check_cancelled(message.finish_reason)
-                if chunk := answer.chunks(number, message):
-                    yield chunk
+            async for number, batch in guarded(_chain(first, batches)):
+                good = list(takewhile(lambda event: event[0].finish_reason != "cancelled", batch))
+                if chunks := b"".join([answer.chunks(number, message) for message, _ in good]):
+                    yield chunks
+                if len(good) < len(batch):
+                    _check_cancelled("cancelled")
         except OctavoError as error:
             yield error_event(openai_error(error))
         else:

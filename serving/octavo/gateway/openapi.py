@@ -12,6 +12,7 @@ Schema = dict[str, object]
 
 _INTEGER: Schema = {"type": "integer"}
 _STRING: Schema = {"type": "string"}
+_MAYBE: Schema = {"type": ["string", "null"]}
 _NATIVE_ERROR: Schema = {
     "type": "object",
     "required": ["error_msg", "error_code"],
@@ -23,7 +24,7 @@ _OPENAI_ERROR: Schema = {
     "properties": {
         "error": {
             "type": "object",
-            "properties": {"message": _STRING, "type": _STRING, "param": _STRING, "code": _STRING},
+            "properties": {"message": _STRING, "type": _STRING, "param": _MAYBE, "code": _MAYBE},
         }
     },
 }
@@ -70,6 +71,12 @@ _TEXT_ANSWER = _openai_answer("text_completion", {"text": _STRING})
 
 def _extra(request: Schema, answers: Schema) -> Schema:
     """An operation's `openapi_extra`: the body, what 200 carries by content type, and the errors."""
+    body = {"required": True, "content": {"application/json": {"schema": request}}}
+    return {"requestBody": body, "responses": _responses(answers)}
+
+
+def _responses(answers: Schema) -> Schema:
+    """What 200 carries by content type, and the errors."""
     error = {"application/json": {"schema": {"anyOf": [_OPENAI_ERROR, _NATIVE_ERROR]}}}
     names = {400: "invalid value or JSON", 503: "starting, draining or down"}
     responses: dict[str, object] = {
@@ -78,10 +85,7 @@ def _extra(request: Schema, answers: Schema) -> Schema:
     }
     content = {media: {"schema": schema} for media, schema in answers.items()}
     responses["200"] = {"description": "the answer", "content": content}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": request}}},
-        "responses": responses,
-    }
+    return responses
 
 
 def generation(route: str, *, native: Schema | None) -> Schema:
@@ -114,3 +118,15 @@ TOKENIZE = _json(
 )
 DETOKENIZE = _json({"tokens": _TOKENS}, ["tokens"], {"prompt": _STRING, "text": _STRING})
 ABORT = _json({"req_id": _STRING}, ["req_id"], {"req_id": _STRING, "aborted": {"type": "boolean"}})
+_HEALTH_ANSWER: Schema = {
+    "type": "object",
+    "required": ["status"],
+    "properties": {"status": _STRING, "reason": _STRING, "progress": {"type": "object"}},
+}
+HEALTH: Schema = {"responses": _responses({"application/json": _HEALTH_ANSWER})}
+HEALTH["responses"]["503"] = {  # type: ignore[index]
+    "description": "not ready, and why",
+    "content": {"application/json": {"schema": _HEALTH_ANSWER}},
+}
+MODELS: Schema = {"responses": _responses({"application/json": {"type": "object"}})}
+MODEL: Schema = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": _STRING}], **MODELS}

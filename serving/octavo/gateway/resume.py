@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from octavo.protocol.answers import TokenMessage
+from octavo.protocol.carrier import Carried
 
 MAX_CHOICES = 128
 
@@ -38,6 +39,7 @@ class Progress:
         self.held = False  # it was sent in vain before: a server that is starting is no answer any more
         self.received = False
         self.closed = False  # the server has said its last word: nothing is left to abort
+        self.req_id, self.infer_seed = "", 0  # as the first message of an attempt says them
         self._fingerprint: str | None = None
         self._take_over(request)
 
@@ -63,8 +65,10 @@ class Progress:
             if isinstance(indexes, list) and at < len(indexes):
                 choice.next_send_idx = _whole(indexes[at])
 
-    def accept(self, message: TokenMessage) -> bool:
+    def accept(self, message: TokenMessage | Carried) -> bool:
         """Count a message; False if it repeats what was passed on before."""
+        if type(message) is Carried:
+            return self._accept_tokens(message)
         if not 0 <= message.index < len(self.choices):
             return False
         choice = self.choices[message.index]
@@ -78,6 +82,15 @@ class Progress:
             choice.finished = True
             self.num_open -= 1
             self.closed = self.num_open == 0
+        return True
+
+    def _accept_tokens(self, message: Carried) -> bool:
+        """The common case: new tokens of the only choice."""
+        choice = self.choices[0]
+        if choice.finished or message.send_idx < choice.next_send_idx:
+            return False
+        choice.token_ids += message.token_ids
+        choice.next_send_idx = message.send_idx + 1
         return True
 
     def resumption(self, seconds_left: float) -> dict[str, object]:

@@ -28,6 +28,8 @@ async def health(context: Context) -> Response:
     body: dict[str, object] = {"status": state}
     if info.get("reason"):
         body["reason"] = info["reason"]
+    if info.get("progress") and not ready:
+        body["progress"] = info["progress"]
     return json_response(body, status=200 if ready else 503, headers={} if ready else {"retry-after": "2"})
 
 

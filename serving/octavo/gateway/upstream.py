@@ -1,9 +1,10 @@
-"""The way to the model: one grpc.aio channel per gateway worker, one ModelStreamInfer stream per request.
+"""The way to the model: one grpc.aio channel per gateway worker, and one stream on it that carries all requests.
 
-Lives on the worker's event loop. Owns the channel, what each running request has received (resume.py) and the
-background tasks that abort what nobody waits for any more. A stream that breaks is taken up again with the tokens
-received so far; a stream that is closed early is cancelled and aborted by name. Knows nothing of HTTP. Memory per
-request: its received token ids, one decoded message, and gRPC's window of 64 KiB; Triton holds the rest.
+Lives on the worker's event loop. Owns the channel, the carrier (carrier.py), what each running request has received
+(resume.py) and the background tasks that abort what nobody waits for any more. A carrier that breaks is replaced, and
+its requests are taken up again with the tokens received so far; a request that is left early is aborted by name.
+Knows nothing of HTTP. Memory per request: its received token ids and a mailbox of about 64 KiB; what a slow reader has
+not taken stays in the front end as token ids.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import grpc
 import msgspec
 from tritonclient.grpc import service_pb2
 
+from octavo.gateway.carrier import Carrier
 from octavo.gateway.resume import Progress
 from octavo.gateway.triton import METHOD, Lost, channel_options, failure_of, infer_request, payload_of
-from octavo.protocol.answers import TokenMessage, token_decoder
+from octavo.protocol.answers import TokenMessage, Tokens, token_decoder
+from octavo.protocol.carrier import Carried
 from octavo.protocol.errors import InternalError, OctavoError, RequestTimeout, Unavailable, from_native
 
 log = logging.getLogger("octavo.gateway")
@@ -34,7 +37,10 @@ MAX_LOSSES = 3  # broken streams in a row without a token between them: the requ
 CLOSE_SECONDS = 2.0  # for aborts that are under way when the worker ends
 FINISH_SECONDS = 1.0  # for Triton to close a stream whose last message is here
 
-Event = tuple[TokenMessage, bytes]  # a message and its JSON object as it came
+ORDER_BYTES = 4096  # what the envelope of a request takes of a gRPC message
+
+Event = tuple[TokenMessage, bytes] | tuple[Tokens, None]  # a message, and its JSON object if it came as one
+Batch = list[Event]  # never empty
 
 
 class Upstream:
@@ -59,6 +65,8 @@ class Upstream:
         self._answered = False  # ever
         self._away_since: float | None = None  # since when the server that once answered does not
         self._decoder = token_decoder()
+        self._carrier: Carrier | None = None  # for the next request
+        self._carriers: set[Carrier] = set()  # this one, and those that their last requests still use
 
     async def start(self) -> None:
         self._channel = grpc.aio.insecure_channel(self._address, options=channel_options(self._max_message_bytes))
@@ -75,10 +83,11 @@ class Upstream:
         end = self._clock() + CLOSE_SECONDS
         while (self._num_running or self._tasks) and self._clock() < end:
             await asyncio.sleep(0.01)
+        await asyncio.gather(*(carrier.end() for carrier in self._carriers if carrier.usable))
         await self._channel.close()
 
-    async def generate(self, request: Mapping[str, object], *, timeout: float) -> AsyncGenerator[Event, None]:
-        """Yield the token messages of a request; the last one of every choice has is_end.
+    async def generate(self, request: Mapping[str, object], *, timeout: float) -> AsyncGenerator[Batch, None]:
+        """Yield the token messages of a request, all that came since the last time; the last of a choice has is_end.
 
         `timeout` is the request's own, in seconds. Closing the generator cancels and aborts the request. Raises
         OctavoError: Unavailable if the server is down or stays away, RequestTimeout past the deadline, else what the
@@ -92,10 +101,10 @@ class Upstream:
         try:
             while not progress.closed:
                 try:
-                    async with aclosing(self._attempt(progress, deadline)) as events:
-                        async for event in events:
+                    async with aclosing(self._attempt(progress, deadline)) as batches:
+                        async for batch in batches:
                             outage.over()
-                            yield event
+                            yield batch
                 except Lost as lost:
                     hold = self._may_hold()
                     progress.lost(reached=lost.reached and (self._answered or not lost.refused))
@@ -126,28 +135,64 @@ class Upstream:
         self._away_since = now if self._away_since is None else self._away_since
         return now - self._away_since <= self._hold_seconds
 
-    async def _attempt(self, progress: Progress, deadline: float) -> AsyncGenerator[Event, None]:
-        """One stream: send the request as it stands, yield what is new, end with the last word or raise."""
+    async def _attempt(self, progress: Progress, deadline: float) -> AsyncGenerator[Batch, None]:
+        """Send the request as it stands, yield what is new, end with the last word or raise."""
         seconds_left = deadline - self._clock()
         body = progress.resumption(seconds_left - DEADLINE_MARGIN)
-        call = self._stream(timeout=max(0.001, seconds_left))
+        payload = msgspec.json.encode(body)
+        if len(payload) > self._max_message_bytes - ORDER_BYTES:
+            progress.closed = True
+            raise InternalError("the request is too large for the model server")
+        carrier = self._usable_carrier()
+        box = carrier.send(payload, str(body.get("req_id", "")), seconds=seconds_left)
         try:
-            await _send(call, infer_request(msgspec.json.encode(body), str(body.get("req_id", ""))))
-            while payload := await _receive(call):
-                event = self._read(payload, progress)
-                if event is not None:
-                    yield event
-                if progress.closed:
-                    return
-            raise Lost("the stream ended early", refused=False)
+            while not progress.closed:
+                batch, error = self._read(await box.take(), progress)
+                if batch:
+                    yield batch
+                if error is not None:
+                    raise error
         finally:
-            if progress.closed:
-                self._spawn(_finish(call))
-            else:
-                call.cancel()
+            carrier.leave(box, ended=progress.closed)
 
-    def _read(self, payload: bytes, progress: Progress) -> Event | None:
-        """Decode one payload; None for a repeated message. Raises the error that a bare object stands for."""
+    def _usable_carrier(self) -> Carrier:
+        carrier = self._carrier
+        if carrier is not None and carrier.usable and not carrier.worn:
+            return carrier
+        if carrier is not None and carrier.usable:
+            carrier.retire()
+        self._carriers = {one for one in self._carriers if one.usable}
+        self._carrier = Carrier(self._stream(), on_idle=self._end_carrier)
+        self._carriers.add(self._carrier)
+        return self._carrier
+
+    def _end_carrier(self, carrier: Carrier) -> None:
+        if self._carrier is carrier:
+            self._carrier = None
+        self._carriers.discard(carrier)
+        self._spawn(carrier.end())
+
+    def _read(self, messages: list[Carried], progress: Progress) -> tuple[Batch, Exception | None]:
+        """What is new in these messages, and the error that ends them if one does."""
+        batch: Batch = []
+        req_id, seed = progress.req_id, progress.infer_seed
+        for carried in messages:
+            if not carried.whole:
+                if progress.accept(carried):
+                    tokens = Tokens(req_id, carried.token, carried.token_ids, carried.send_idx, 0, seed)
+                    batch.append((tokens, None))
+                continue
+            try:
+                event = self._whole(carried.whole, progress)
+            except (Lost, OctavoError) as error:
+                return batch, error
+            req_id, seed = progress.req_id, progress.infer_seed
+            if event is not None:
+                batch.append(event)
+        return batch, None
+
+    def _whole(self, payload: bytes, progress: Progress) -> Event | None:
+        """One message as OUT has it; None if it is a repeated one. Raises the error that a bare object stands for."""
         if not payload.startswith(b"["):
             error = from_native(_object(payload))
             if progress.held and isinstance(error, Unavailable):
@@ -160,6 +205,7 @@ class Upstream:
         except (msgspec.MsgspecError, ValueError) as error:
             raise InternalError("the model server sent a message that cannot be read") from error
         self._note_answer()
+        progress.req_id, progress.infer_seed = message.req_id, message.infer_seed
         return (message, payload[1:-1]) if progress.accept(message) else None
 
     async def _pause(self, delay: float, deadline: float) -> None:

@@ -338,3 +338,35 @@ class StacksLayers(Protocol):
     def stack_layers(self, layers: Sequence[DenseLayer], cos_sin: Tensor) -> LayerStack | None:
         """None: these have to run one operation at a time."""
         ...
+
+
+# ---- all experts of a layer, where a backend can run them in one call
+
+
+class ExpertWeights(Protocol):
+    """One product of all experts, in the backend's own layout."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def format(self) -> ActivationFormat: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@runtime_checkable
+class GroupsExperts(Protocol):
+    """A backend that may run the MLPs of all experts at once, without asking the host which rows go where."""
+
+    def stack_experts(self, products: Sequence[PackedLinear]) -> ExpertWeights | None:
+        """One product of each expert, copied together. None: these have to run one by one."""
+        ...
+
+    def run_experts(self, x: Activation, ids: Tensor, gate_up: ExpertWeights, down: ExpertWeights) -> Tensor:
+        """[M, H] in gate_up's format and expert ids [M, top_k] → [M, top_k, H] float32: down(silu(gate) · up).
+
+        The bits are those of the experts one by one.
+        """
+        ...

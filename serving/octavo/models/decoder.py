@@ -85,6 +85,11 @@ class Decoder:
         dense = [layer for layer in layers if layer is not None]
         return self.kernels.stack_layers(dense, self.cos_sin) if len(dense) == len(layers) else None
 
+    @property
+    def waits(self) -> bool:
+        """Whether a step asks the host something on its way, so that it cannot be recorded."""
+        return any(isinstance(layer.mlp, Experts) and layer.mlp.waits for layer in self.layers)
+
     def hidden(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Run a step: fills the caches and returns the residual stream of the wanted rows, [R, H] float32."""
         x = self.kernels.embedding(batch.token_ids, self.embedding)  # [M, H]

@@ -17,6 +17,8 @@ from octavo.kernels.interface import (
     Activation,
     ActivationFormat,
     BatchLayout,
+    ExpertWeights,
+    GroupsExperts,
     HeadLayout,
     Kernels,
     LayerCache,
@@ -183,7 +185,8 @@ class Experts:
     ) -> None:
         self._kernels = kernels
         self._router = router
-        self._experts = experts
+        self._stacked = _stack_experts(kernels, experts)
+        self._experts = () if self._stacked is not None else tuple(experts)  # their weights were copied
         self._top_k = top_k
         self._renormalize = renormalize
         self._shared = shared
@@ -193,15 +196,30 @@ class Experts:
         assert isinstance(x, Tensor)  # `format` is float
         logits = self._router(self._kernels.quantize(x, self._router.format))  # [M, num_experts]
         ids, weights = self._kernels.moe_route(logits, self._top_k, renormalize=self._renormalize)
+        outputs = self._one_by_one(x, ids) if self._stacked is None else self._at_once(x, ids, *self._stacked)
+        mixed = self._kernels.moe_combine(outputs, weights)
+        if self._shared is not None:
+            mixed = mixed + self._through_shared(x, self._shared)
+        return mixed if residual is None else residual + mixed
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host must learn which experts were chosen."""
+        return self._stacked is None
+
+    def _at_once(self, x: Tensor, ids: Tensor, gate_up: ExpertWeights, down: ExpertWeights) -> Tensor:
+        """[M, top_k, H]."""
+        assert isinstance(self._kernels, GroupsExperts)
+        return self._kernels.run_experts(self._kernels.quantize(x, gate_up.format), ids, gate_up, down)
+
+    def _one_by_one(self, x: Tensor, ids: Tensor) -> Tensor:
+        """[M, top_k, H]."""
         outputs = torch.empty((*ids.shape, x.shape[1]), dtype=torch.float32, device=x.device)  # [M, top_k, H]
         for expert in torch.unique(ids).tolist():
             rows, places = (ids == expert).nonzero(as_tuple=True)
             mlp = self._experts[expert]
             outputs[rows, places] = mlp(self._kernels.quantize(x[rows], mlp.format))
-        mixed = self._kernels.moe_combine(outputs, weights)
-        if self._shared is not None:
-            mixed = mixed + self._through_shared(x, self._shared)
-        return mixed if residual is None else residual + mixed
+        return outputs
 
     def _through_shared(self, x: Tensor, shared: SharedExpert) -> Tensor:
         """[M, H]. sigmoid(g) is the first weight of a softmax over (g, 0): an operation that keeps rows apart."""
@@ -210,3 +228,17 @@ class Experts:
         weight = weights.gather(1, ids.argmin(dim=1, keepdim=True))  # [M, 1]
         output = shared.mlp(self._kernels.quantize(x, shared.mlp.format))
         return self._kernels.moe_combine(output[:, None], weight)
+
+
+def _stack_experts(kernels: Kernels, experts: Sequence[Mlp]) -> tuple[ExpertWeights, ExpertWeights] | None:
+    """gate_up and down of all experts as one product each; None if the backend cannot, or a rank has but a part."""
+    if not isinstance(kernels, GroupsExperts):
+        return None
+    gate_up, down = [expert.gate_up.only for expert in experts], [expert.down.only for expert in experts]
+    if None in gate_up or None in down:
+        return None
+    stacked = kernels.stack_experts([product for product in gate_up if product is not None])
+    if stacked is None:
+        return None
+    other = kernels.stack_experts([product for product in down if product is not None])
+    return None if other is None else (stacked, other)

@@ -19,10 +19,11 @@ from octavo.parallel.group import Group
 from octavo.quantization.errors import CheckpointError
 from octavo.quantization.formats import open_reader
 from octavo.quantization.formats.cache_scales import pass_over_cache_scales
+from octavo.quantization.formats.float_weights import read_head
 from octavo.quantization.formats.reader import AttentionShape, Reader, ReaderInputs, kept_tensor, vector_tensor
 from octavo.quantization.formats.source import MAPPED_BYTES
 from octavo.quantization.load_report import LoadReport
-from octavo.quantization.scheme import FLOAT_ACTIVATION, CacheScheme, LinearWeights
+from octavo.quantization.scheme import CacheScheme, LinearWeights
 
 LOG = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]  # stage, fraction from 0 to 1
@@ -109,11 +110,19 @@ class _Builder:
         return table.to(self._kernels.device)
 
     def head(self, embedding: Tensor) -> LinearWeights:
-        config = self._config
-        if config.tie_word_embeddings:
-            return LinearWeights(embedding, FLOAT_ACTIVATION)
-        shape = (config.vocab_size, config.hidden_size)
-        return self._linear(config.family.head, shape=shape, bias=False, keep_float=True)
+        config, source = self._config, self._inputs.source
+        first = len(source.taken)
+        head = read_head(
+            self.reader,
+            self._inputs,
+            config.family.head,
+            shape=(config.vocab_size, config.hidden_size),
+            tied=embedding if config.tie_word_embeddings else None,
+        )
+        if head.weight is not embedding:  # else it is counted already
+            self._report.add_product(config.family.head, head, taken=source.taken[first:])
+        source.release(at_least=MAPPED_BYTES)
+        return head
 
     def norm(self, name: str) -> Norm:
         return Norm(self._kernels, self._vector(name, self._config.hidden_size), self._config.rms_norm_eps)

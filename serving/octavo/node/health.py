@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,6 +55,7 @@ class Process:
     restarts: int
     seconds: float  # since its start
     last_end: str = ""  # how the one before it ended
+    reaches: bool = True  # of a gateway worker: false if it says that it does not reach the model server
 
 
 @dataclass
@@ -117,6 +119,9 @@ def judge(seen: Observed, processes: list[Process], *, gateway: bool, now: float
         return Verdict(not_ready, f"the HTTP gateway does not answer ({seen.gateway_error or 'waiting'})")
     if seen.token_for != token_source(processes):
         return Verdict(not_ready, f"waiting for a first token ({seen.token_error or 'asked for'})")
+    for process in processes:
+        if not process.reaches:
+            return Verdict(not_ready, f"{process.name} does not reach the model server yet")
     return Verdict("ready")
 
 
@@ -169,10 +174,12 @@ class Monitor:
         gateway: tuple[str, int] | None,
         processes: Callable[[], list[Process]],
         clock: Callable[[], float],
+        gateway_tls: ssl.SSLContext | None = None,
     ) -> None:
         self.seen = Observed()
         self._upstream = upstream
         self._gateway = gateway
+        self._gateway_tls = gateway_tls
         self._processes = processes
         self._clock = clock
 
@@ -225,7 +232,7 @@ class Monitor:
         """Fetch the gateway's health page again and again: any HTTP answer shows that a worker accepts."""
         while True:
             try:
-                await get(host, port, "/health", seconds=ANSWER_SECONDS)
+                await get(host, port, "/health", seconds=ANSWER_SECONDS, tls=self._gateway_tls)
             except (OSError, asyncio.TimeoutError) as error:
                 self.seen.gateway_error = type(error).__name__
             else:

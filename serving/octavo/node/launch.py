@@ -1,4 +1,4 @@
-"""The start command: `python -m octavo.node.launch [--check]`, called by start_server.sh.
+"""The start command: `python -m octavo.node.launch`, called by start_server.sh.
 
 Checks what can be checked, starts node detached with its output in LOG_DIR/node.log, shows progress until it is ready
 and says what to try. If it does not get ready: the reason, nothing left running, a non-zero exit code. Standard
@@ -18,9 +18,11 @@ from octavo import __version__
 from octavo.node import run_dir
 from octavo.node.__main__ import clear_predecessor, fail, warn_misspelled
 from octavo.node.errors import EXIT_ALREADY_RUNNING, EXIT_BAD_SETTINGS, NodeError
-from octavo.node.logs import last_error
+from octavo.node.logs import last_error, progress_step
 from octavo.node.model_folder import resolve_model
 from octavo.node.ports import check_all
+from octavo.node.shared_memory import warn_small_shared_memory
+from octavo.node.tls import check_tls
 from octavo.node.triton import find_libpython, find_triton
 from octavo.settings import Settings, SettingsError, child_environ
 
@@ -29,16 +31,14 @@ LOOK_SECONDS = 0.1
 MARGIN_SECONDS = 20.0  # node itself gives up after START_SECONDS
 
 
-def main(arguments: list[str], *, node: tuple[str, ...] = NODE) -> int:
+def main(*, node: tuple[str, ...] = NODE) -> int:
     """Start and wait. Returns the exit code."""
     began = time.monotonic()
     try:
         settings = Settings.from_environ()
         warn_misspelled()
+        warn_small_shared_memory()
         changes = prepare(settings)
-        if arguments == ["--check"]:
-            print("octavo: settings, model folder, Triton and ports are in order")
-            return 0
         process, offset = start(settings, changes, node)
         wait_ready(settings, process, offset, deadline=began + settings.start_seconds + MARGIN_SECONDS)
     except SettingsError as error:
@@ -60,6 +60,7 @@ def prepare(settings: Settings) -> dict[str, str]:
         )
     clear_predecessor(settings, clock=time.monotonic)
     check_all(settings)
+    check_tls(settings)
     find_libpython(find_triton(settings))
     return resolve_model(settings)
 
@@ -125,13 +126,6 @@ def look(settings: Settings) -> dict[str, object]:
     return body if isinstance(body, dict) else {}
 
 
-def progress_step(reason: str) -> str:
-    """The reason with its percentage cut to tens: what must change for another line; times in it do not count."""
-    words = [word for word in reason.split() if not word.replace(".", "").isdigit()]
-    percent = [word for word in reason.split() if word.isdigit()]
-    return " ".join(words) + (percent[-1][:-1] if reason.endswith("%") and percent else "")
-
-
 def welcome(settings: Settings, *, pid: int, seconds: float) -> str:
     """Ports and what to try."""
     at = settings.local_target
@@ -144,13 +138,14 @@ def welcome(settings: Settings, *, pid: int, seconds: float) -> str:
     ]
     if gateway != -1:
         key = " -H 'Authorization: Bearer <one of API_KEYS>'" if settings.api_keys else ""
+        scheme = "http" if settings.tls_certfile is None else "https"
         lines += [
-            f"  HTTP     http://{at(gateway)}/v1",
-            f"try: curl {at(gateway)}/v1/chat/completions -H 'Content-Type: application/json'{key}"
+            f"  HTTP     {scheme}://{at(gateway)}/v1",
+            f"try: curl {scheme}://{at(gateway)}/v1/chat/completions -H 'Content-Type: application/json'{key}"
             ' -d \'{"text": "hello, llm"}\'',
         ]
     return "\n".join([*lines, "stop: bash stop_server.sh"])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -23,8 +23,14 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class NodeMetrics:
     """Node's own numbers in a registry of their own."""
 
-    def __init__(self, *, model: str) -> None:
+    def __init__(self, *, model: str, max_waiting: int) -> None:
         self.registry = CollectorRegistry()
+        limit = Gauge(
+            "octavo_requests_waiting_limit",
+            "Waiting requests beyond which others are refused (429)",
+            registry=self.registry,
+        )
+        limit.set(max_waiting)
         self._state = Gauge("octavo_state", "1 for the state the server is in", ["state"], registry=self.registry)
         self._progress = Gauge("octavo_load_progress", "Loaded share of the model, 0 to 1", registry=self.registry)
         self._up = Gauge("octavo_process_up", "1 if the process runs", ["process"], registry=self.registry)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -104,13 +105,13 @@ def render(page: Page, *, head_only: bool, keep: bool) -> bytes:
     return head.encode() + (b"" if head_only else body)
 
 
-async def get(host: str, port: int, path: str, *, seconds: float) -> tuple[int, str]:
+async def get(host: str, port: int, path: str, *, seconds: float, tls: ssl.SSLContext | None = None) -> tuple[int, str]:
     """Fetch a page of this machine: status and body. Raises OSError or asyncio.TimeoutError."""
-    return await asyncio.wait_for(_get(host, port, path), seconds)
+    return await asyncio.wait_for(_get(host, port, path, tls), seconds)
 
 
-async def _get(host: str, port: int, path: str) -> tuple[int, str]:
-    reader, writer = await asyncio.open_connection(host, port)
+async def _get(host: str, port: int, path: str, tls: ssl.SSLContext | None) -> tuple[int, str]:
+    reader, writer = await asyncio.open_connection(host, port, ssl=tls)
     try:
         writer.write(f"GET {path} HTTP/1.0\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
         answer = await reader.read(-1)

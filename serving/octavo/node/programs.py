@@ -46,6 +46,7 @@ class Plan:
     metrics_socket: socket.socket
     gateway_socket: socket.socket | None
     node: run_dir.ProcessId
+    follow: bool = False  # what the children log goes to node's standard output too
     shm_prefix: str = field(default_factory=lambda: f"{run_dir.SHM_PREFIX}{secrets.token_hex(8)}_")
 
     @property
@@ -107,7 +108,7 @@ class Plan:
         run_dir.write_record(self.settings.run_dir, record)
 
 
-def make_plan(settings: Settings, programs: Programs, environ: Mapping[str, str]) -> Plan:
+def make_plan(settings: Settings, programs: Programs, environ: Mapping[str, str], *, follow: bool = False) -> Plan:
     """Find Triton, open the sockets, check the other ports. Raises NodeError."""
     install = triton.find_triton(settings)
     node = run_dir.ProcessId.of(os.getpid())
@@ -125,4 +126,5 @@ def make_plan(settings: Settings, programs: Programs, environ: Mapping[str, str]
         metrics_socket=listen("METRICS_PORT", settings.host, settings.metrics_port),
         gateway_socket=listen("PUSH_MODE_HTTP_PORT", settings.host, gateway_port) if gateway_port != -1 else None,
         node=node,
+        follow=follow,
     )

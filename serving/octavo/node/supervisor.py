@@ -23,11 +23,12 @@ from octavo.node.children import Child, Children, exit_text
 from octavo.node.deaths import Deaths
 from octavo.node.errors import NodeError
 from octavo.node.health import Monitor, Process, health_pages
-from octavo.node.logs import LogFile, last_error, watch_logs
+from octavo.node.logs import LogFile, last_error, progress_step, watch_logs
 from octavo.node.metrics import NodeMetrics, metrics_pages
 from octavo.node.pages import PageServer
 from octavo.node.ports import free_port
 from octavo.node.programs import Plan
+from octavo.node.tls import own_tls
 from octavo.node.triton_client import TritonClient
 from octavo.node.watch import Beat, Watch
 from octavo.protocol.errors import OctavoError
@@ -37,6 +38,7 @@ log = logging.getLogger("octavo.node")
 MAX_DEATHS = 5  # within a minute and without a request that ended well: that is enough
 MAX_DEATHS_BEFORE_READY = 3
 GIVE_UP_SECONDS = 3.0  # in which everybody is told why the server ends by itself
+SETTLE_SECONDS = 5.0  # at the end, for whatever still runs in the loop
 STOP_SECONDS = {"gateway": 10.0, "triton": 8.0, "engine": 10.0}
 ENGINE_FINAL_CODES = (2, 3, 4)  # bad model, port, lock: a second try would end the same way
 
@@ -54,14 +56,18 @@ class Supervisor:
         self._deaths = {name: Deaths() for name in plan.names}
         self._stop = asyncio.Event()  # asked to end
         self._hurry = asyncio.Event()  # asked twice
+        echo, everything = (_print, True) if plan.follow else (log.warning, False)
+        self._logs = [LogFile(name, path, echo=echo, everything=everything) for name, path in plan.logs.items()]
         self._secret = secrets.token_hex(16)
         self._triton_metrics: int | None = None
         self._upstream = TritonClient(settings.local_target(settings.grpc_port))
         gateway = (settings.local_address, settings.push_mode_http_port) if plan.gateway_socket else None
-        self.monitor = Monitor(self._upstream, gateway=gateway, processes=self.processes, clock=clock)
+        self.monitor = Monitor(
+            self._upstream, gateway=gateway, processes=self.processes, clock=clock, gateway_tls=own_tls(settings)
+        )
         self._watch = Watch(children=self._children, monitor=self.monitor, upstream=self._upstream, clock=clock)
         self._beats: dict[str, Beat] = {}  # by worker
-        self._metrics = NodeMetrics(model=settings.served_model_name)
+        self._metrics = NodeMetrics(model=settings.served_model_name, max_waiting=settings.max_cached_task_num)
 
     # ---- life
 
@@ -83,15 +89,15 @@ class Supervisor:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await settle(tasks)
             await self._end_all()
+            for one in self._logs if self._plan.follow else ():
+                one.look()  # what the children said at their end
             for server in servers:
                 server.close()
 
     def _work(self) -> list[Coroutine[object, object, None]]:
         """What goes on for as long as node lives; none of it returns."""
-        logs = [LogFile(name, path, echo=log.warning) for name, path in self._plan.logs.items()]
-        logs.append(LogFile("node", self._settings.log_dir / "node.log", echo=None))
         return [
             self._keep("engine", self._start_engine, self._watch.engine),
             self._keep("triton", self._start_triton, self._wait_triton),
@@ -100,7 +106,7 @@ class Supervisor:
                 for name in self._plan.gateway_names
             ),
             *self.monitor.work(),
-            watch_logs(logs),
+            watch_logs([*self._logs, LogFile("node", self._settings.log_dir / "node.log", echo=None)]),
             self._announce(),
         ]
 
@@ -117,12 +123,13 @@ class Supervisor:
         self.monitor.seen.draining = True
 
     async def _announce(self) -> None:
-        """Log each change of state; give up if the first ready does not come in time."""
+        """Log each change of state and each tenth of loading; give up if the first ready does not come in time."""
         began, said = self._clock(), ""
         while True:
             verdict = self.monitor.verdict()
-            if verdict.state != said:
-                said = verdict.state
+            loading = progress_step(verdict.reason) if verdict.state == "loading" else ""
+            if verdict.state + loading != said:
+                said = verdict.state + loading
                 log.info("state: %s%s", verdict.state, f" ({verdict.reason})" if verdict.reason else "")
             if not self.monitor.seen.ever_ready and self._clock() - began > self._settings.start_seconds:
                 raise NodeError(f"not ready within START_SECONDS={self._settings.start_seconds}: {verdict.reason}")
@@ -241,7 +248,7 @@ class Supervisor:
                 if child.program.name.startswith(kind)
             ]
             await asyncio.gather(*ending)
-        await self._upstream.close()
+        await settle([asyncio.ensure_future(self._upstream.close())])
         run_dir.remove_shared_memory(self._plan.shm_prefix)
 
     # ---- facts
@@ -259,12 +266,27 @@ class Supervisor:
             return Process(name, "dead", None, deaths.total, 0.0, deaths.last)
         stopped = run_dir.process_stat(child.pid)[:1] in (["T"], ["t"])
         seconds = round(self._clock() - child.started, 1)
-        return Process(name, "stopped" if stopped else "running", child.pid, deaths.total, seconds, deaths.last)
+        state, beat = "stopped" if stopped else "running", self._beats.get(name)
+        triton = self._current.get("triton")
+        reaches = beat is None or triton is None or beat.reaches(since=triton.started)
+        return Process(name, state, child.pid, deaths.total, seconds, deaths.last, reaches)
 
     def _record(self) -> None:
         """Tell the stop command what runs."""
         children = tuple(found for child in self._children.running if (found := run_dir.ProcessId.of(child.pid)))
         self._plan.write_record(children)
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+async def settle(tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for tasks that are about to end, but not for ever: a connection that does not close is no reason to stay."""
+    done, _ = await asyncio.wait(tasks, timeout=SETTLE_SECONDS)
+    for task in done:
+        if not task.cancelled():
+            task.exception()  # it was seen where it mattered
 
 
 async def supervise(plan: Plan) -> int:

@@ -8,6 +8,7 @@ writes twice a second. One that is stopped by a signal is no use either. Starts 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ ENGINE_SILENCE_SECONDS = 4.0  # of an engine without a running step; the front e
 STEP_MARGIN_SECONDS = 1.0  # past a step's deadline
 LOAD_SILENCE_SECONDS = 300.0  # reading a large shard from a slow disk can take all of the interpreter
 ANSWER_SECONDS = 8.0  # Triton and stub: for one question
+ASK_SECONDS = 1.0  # without an answer to anybody, until one is asked here
 BEAT_SILENCE_SECONDS = 5.0
 BEAT_START_SECONDS = 60.0
 TRITON_EXPLAINS_SECONDS = 5.0  # a Triton whose model cannot load says why and exits
@@ -33,13 +35,15 @@ TRITON_LOAD_SECONDS = 120.0  # from its start to its first answer; a stub that h
 
 
 class Beat:
-    """The pipe on which a worker shows that its loop turns."""
+    """The pipe on which a worker shows that its loop turns, and says whether it reaches the model server (+ or -)."""
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._began = clock()
         self._heard_at: float | None = None
+        self._reached: bool | None = None  # None: it has not said
+        self._reached_at = 0.0
 
     def listen(self) -> None:
         """Once the child has its end."""
@@ -47,10 +51,17 @@ class Beat:
         asyncio.get_running_loop().add_reader(self._read, self._hear)
 
     def _hear(self) -> None:
-        if os.read(self._read, 4096):
+        if words := os.read(self._read, 4096):
             self._heard_at = self._clock()
+            for word in words:
+                if word in b"+-":
+                    self._reached, self._reached_at = word == ord("+"), self._heard_at
         else:  # the child is gone
             asyncio.get_running_loop().remove_reader(self._read)
+
+    def reaches(self, *, since: float) -> bool:
+        """Whether it has reached the model server since then, or has not said anything of it."""
+        return self._reached is None or (self._reached and self._reached_at >= since)
 
     def trouble(self) -> str:
         """Why the worker must be taken for hung; empty if it need not."""
@@ -83,9 +94,7 @@ def engine_trouble(seen: Observed, *, started: float, now: float) -> str:
 class Watch:
     """Waits for the end of children, and brings it about for those that hang."""
 
-    def __init__(
-        self, *, children: Children, monitor: Monitor, upstream: Upstream, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, *, children: Children, monitor: Monitor, upstream: Upstream, clock: Callable[[], float]) -> None:
         self._children = children
         self._monitor = monitor
         self._upstream = upstream
@@ -167,17 +176,21 @@ class Watch:
             silent.cancel()
 
     async def _silence(self, child: Child, deadline: float) -> str:
-        """Wait until it leaves a question without an answer: one that was asked long ago, not many short ones."""
+        """Wait until it leaves a question without an answer: one that was asked long ago, not many short ones.
+
+        While the monitor's polls are answered there is nothing to ask: every question is work for Triton and its stub.
+        """
         while self._monitor.seen.info_at < child.started:
             if self._clock() > deadline:
                 return "never answered"
             await asyncio.sleep(LOOK_SECONDS)
         answered_at = self._clock()
         while (silence := self._clock() - answered_at) < ANSWER_SECONDS:
-            try:
-                await self._upstream.ask({"op": "info"}, seconds=ANSWER_SECONDS)
-                answered_at = self._clock()
-            except OctavoError:
-                pass
+            answered_at = max(answered_at, self._monitor.seen.info_at)
+            age = self._clock() - answered_at
+            if age > ASK_SECONDS:
+                with contextlib.suppress(OctavoError):
+                    await self._upstream.ask({"op": "info"}, seconds=max(LOOK_SECONDS, ANSWER_SECONDS - age))
+                    answered_at = self._clock()
             await asyncio.sleep(LOOK_SECONDS)
         return f"has not answered for {silence:.1f} s"

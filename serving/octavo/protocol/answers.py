@@ -7,7 +7,7 @@ left out), `TokenMessage` what holders of tokens read.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -90,6 +90,31 @@ class TokenMessage(msgspec.Struct):
     usage: Usage | None = None
     fingerprint: str | None = None
     times: dict[str, float] | None = None
+
+
+class Tokens(msgspec.Struct):
+    """A `TokenMessage` that says no more than its tokens, as the native dialect's line has it."""
+
+    req_id: str
+    token: str
+    token_ids: list[int]
+    send_idx: int
+    is_end: int
+    infer_seed: int
+    error_msg: str = ""
+    error_code: int = 0
+    index: ClassVar[int] = 0
+    logprobs: ClassVar[None] = None
+    prompt: ClassVar[None] = None
+    prompt_token_ids: ClassVar[None] = None
+    prompt_logprobs: ClassVar[None] = None
+    finish_reason: ClassVar[None] = None
+    stop_reason: ClassVar[None] = None
+    usage: ClassVar[None] = None
+    fingerprint: ClassVar[None] = None
+
+
+Message = TokenMessage | Tokens
 
 
 def token_decoder() -> msgspec.json.Decoder[tuple[TokenMessage]]:

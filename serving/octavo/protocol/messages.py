@@ -34,6 +34,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int = 0  # 64 bits; random numbers come from (seed, number of output tokens so far) only
     logprobs: int = -1  # -1: none; k >= 0: of the sampled token and of the k most probable ones
     prompt_logprobs: int = -1  # likewise for every prompt token but the first
+    speculation: bool | None = None  # guess tokens and verify several a step; None: as the engine's settings say
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -64,6 +65,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     params: SamplingParams
     generated_token_ids: list[int] = []
     priority: int = 0  # lower runs first
+    tenant: str = ""  # whose it is: those of one priority take turns by it
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -117,6 +119,9 @@ class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):
     prefix_hit_tokens: int = 0
     prompt_tokens: int = 0  # computed
     output_tokens: int = 0
+    num_drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0  # draft tokens that came true
     last_progress: float = 0.0  # when the loop last turned
     step_deadline: float = 0.0  # 0: idle; else when the running step must have ended
 

@@ -70,6 +70,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     return_prompt: bool = False
     priority: int = 0
+    speculation: bool | None = None
+    tenant: str | None = None
     generated_token_ids: tuple[list[int], ...] = ()
     send_idx: tuple[int, ...] = ()
     fingerprint: str | None = None
@@ -192,6 +194,8 @@ FIELDS: tuple[Field, ...] = (
     Field("prompt_logprobs", kinds.whole(0, 20), "-", "The same for the tokens of the prompt"),
     Field("n", kinds.whole(1, MAX_CHOICES), "1", "Number of choices"),
     Field("priority", kinds.whole(-100, 100), "0", "Lower runs first"),
+    Field("speculation", kinds.flag(), "as SPECULATION says",
+          "Guess tokens that follow what occurred before and verify several a step; the output is the same"),
     Field("chat_template_kwargs", kinds.scalar_map(16), "{}", "More variables for the chat template"),
     Field("add_generation_prompt", kinds.flag(), "true", "Whether the template opens the assistant's turn"),
     Field("continue_final_message", kinds.flag(), "false", "Go on with the last message in place of opening a turn"),
@@ -209,6 +213,8 @@ FIELDS: tuple[Field, ...] = (
           internal=True),
     Field("key", kinds.string(0, 64), "-", "Names the API key: only the same one may supersede or abort",
           internal=True),
+    Field("tenant", kinds.string(0, 64), "key",
+          "Whose request it is: those who wait with equal priority take turns by it", internal=True),
     Field("resume_inside", kinds.flag(), "false", "Resume inside the server: skips the queue limit", internal=True),
 )
 

@@ -76,6 +76,7 @@ FIELDS: tuple[Field, ...] = (
     Field("ignore_eos", _FLAG, "go on past end tokens", "ignore_eos"),
     Field("n", kinds.whole(1, 128), "choices per prompt", "n"),
     Field("priority", kinds.whole(-100, 100), "lower runs first", "priority"),
+    Field("speculation", _FLAG, "guess tokens and verify several a step; the output is the same", "speculation"),
     Field("logprobs", _FLAG, "log probabilities of the output tokens", routes=(CHAT,)),
     Field("top_logprobs", _TOP, "most probable tokens per position", routes=(CHAT,)),
     Field("logprobs", _TOP, "log probabilities of the output tokens and of as many others", routes=(TEXT,)),

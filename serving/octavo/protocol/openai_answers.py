@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from octavo.protocol.answers import Logprob, TokenMessage
+from octavo.protocol.answers import Logprob, Message
 from octavo.protocol.openai import CHAT, OpenAIRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -71,7 +71,7 @@ class Answer:
 
     # ---- streams
 
-    def chunks(self, prompt: int, message: TokenMessage) -> bytes:
+    def chunks(self, prompt: int, message: Message) -> bytes:
         """The events for one message of the prompt at that place; b"" if there is nothing to say."""
         number = prompt * self._request.n + message.index
         choice = self.choices[number]
@@ -122,7 +122,7 @@ class Answer:
 
     # ---- whole answers
 
-    def add(self, prompt: int, message: TokenMessage) -> None:
+    def add(self, prompt: int, message: Message) -> None:
         """Keep a message for `whole`."""
         choice = self.choices[prompt * self._request.n + message.index]
         text, _ = self._take(choice, message, keep=True)
@@ -159,7 +159,7 @@ class Answer:
 
     # ---- one message
 
-    def _take(self, choice: ChoiceState, message: TokenMessage, *, keep: bool = False) -> tuple[str, object]:
+    def _take(self, choice: ChoiceState, message: Message, *, keep: bool = False) -> tuple[str, object]:
         """Count a message; its text and its logprobs object (None if not asked for or, with `keep`, kept for later)."""
         text = "" if self._request.only_prompt else message.token
         entries: list[Entry] = [] if self._request.only_prompt else list(message.logprobs or ())
@@ -176,7 +176,7 @@ class Answer:
             return text, None
         return text, self._logprobs(choice, entries)
 
-    def _count(self, choice: ChoiceState, message: TokenMessage) -> None:
+    def _count(self, choice: ChoiceState, message: Message) -> None:
         if message.prompt_token_ids is not None:
             choice.prompt_tokens = len(message.prompt_token_ids)
         choice.completion_tokens += len(message.token_ids)
@@ -205,7 +205,7 @@ class Answer:
         }
 
 
-def _prompt_entries(message: TokenMessage, prompt: str) -> list[Entry]:
+def _prompt_entries(message: Message, prompt: str) -> list[Entry]:
     """Logprobs of the prompt's tokens. The first has none; its text is what the others leave of the prompt."""
     entries = message.prompt_logprobs or []
     rest = "".join(entry.token for entry in entries if entry is not None)

@@ -29,23 +29,37 @@ class CalibrationText:
     held_out: list[list[int]]
 
 
-def split(sequences: Sequence[list[int]], *, num_samples: int, seed: int) -> CalibrationText:
-    """Draw `num_samples` and keep some of them apart. Raises CheckpointError if there is too little."""
-    usable = [ids for ids in sequences if len(ids) >= MIN_TOKENS]
-    if len(usable) < 2:
-        raise CheckpointError(
-            f"--calibration: {len(usable)} sequences of at least {MIN_TOKENS} tokens; two or more are needed"
+def split(
+    sequences: Sequence[list[int]], *, num_samples: int, seed: int, held_out: Sequence[list[int]] | None = None
+) -> CalibrationText:
+    """Draw `num_samples`, and as many held out; without text for that, one in five of those drawn is kept apart.
+
+    Raises CheckpointError if there is too little.
+    """
+    if held_out is not None:
+        return CalibrationText(
+            _draw(sequences, num_samples, seed, flag="--calibration", least=1),
+            _draw(held_out, num_samples, seed, flag="--held-out", least=1),
         )
-    drawn = random.Random(seed).sample(usable, min(num_samples, len(usable)))
+    drawn = _draw(sequences, num_samples, seed, flag="--calibration", least=2)
     every = min(HELD_OUT_EVERY, len(drawn))
-    held_out = drawn[every - 1 :: every]
-    return CalibrationText([ids for i, ids in enumerate(drawn) if i % every != every - 1], held_out)
+    apart = drawn[every - 1 :: every]
+    return CalibrationText([ids for i, ids in enumerate(drawn) if i % every != every - 1], apart)
 
 
-def read_text(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[list[int]]:
+def _draw(sequences: Sequence[list[int]], count: int, seed: int, *, flag: str, least: int) -> list[list[int]]:
+    usable = [ids for ids in sequences if len(ids) >= MIN_TOKENS]
+    if len(usable) < least:
+        wanted = "one or more is" if least == 1 else "two or more are"
+        raise CheckpointError(f"{flag}: {len(usable)} sequences of at least {MIN_TOKENS} tokens; {wanted} needed")
+    return random.Random(seed).sample(usable, min(count, len(usable)))
+
+
+def read_text(path: Path, tokenizer: Tokenizer, *, max_tokens: int, flag: str = "--calibration") -> list[list[int]]:
     """Sequences of at most `max_tokens` of a jsonl file; longer texts become several. Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"--calibration {path}: no such file (give a .jsonl of texts or messages, or `{SELF}`)")
+        instead = f", or `{SELF}`" if flag == "--calibration" else ""
+        raise CheckpointError(f"{flag} {path}: no such file (give a .jsonl of texts or messages{instead})")
     found = []
     for number, line in _lines(path):
         ids = _encode(line, tokenizer, where=f"{path.name} line {number}")
@@ -72,7 +86,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"--calibration {path}: cannot be read: {error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

@@ -18,6 +18,7 @@ from octavo.quantization.gptq import round_nearest
 from octavo.quantization.scheme import dequantize
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the largest value: what a static scale holds
 MAX_EXPONENT = 12  # of a factor: 2^-12 to 2^12
 TINY = 1e-12
 
@@ -62,7 +63,8 @@ def search_channels(
     *,
     groups: Tensor | None = None,  # [K] int64: channels with the same number share a factor
     eight_bit_inputs: bool,
-    static_inputs: bool = False,  # they also went through an int8 cache with one scale
+    static_inputs: bool = False,  # one scale for all of them, not one per row
+    cached: bool = False,  # they also went through an int8 cache with one scale
     group_size: int | None = None,
 ) -> Smoothing:
     """The strength whose quantised product comes nearest to x · Wᵀ over the sample."""
@@ -71,10 +73,11 @@ def search_channels(
     energy = sum(float(output.double().square().sum()) for output in wanted) or 1.0
 
     def error(factors: Tensor) -> float:
-        x = sample / factors
-        if static_inputs:
-            x = round_static(x, (maxima / factors).max().clamp_min(TINY) / 127.5)
-        x = round_activation(x) if eight_bit_inputs else x
+        x, largest = sample / factors, static_scale(maxima / factors)
+        if cached:
+            x = round_static(x, largest)
+        if eight_bit_inputs:
+            x = round_static(x, largest) if static_inputs else round_activation(x)
         lost = 0.0
         for weight, output in zip(weights, wanted):
             rounded = dequantize(round_nearest(weight * factors, group_size=group_size))
@@ -85,6 +88,33 @@ def search_channels(
     none = torch.ones_like(maxima)
     tried = [(0.0, none), *((s, channel_factors(shared, counted, strength=s)) for s in STRENGTHS)]
     return _best(tried, [error(factors) for _, factors in tried])
+
+
+def static_scale(maxima: Tensor) -> Tensor:
+    """The scale [1] of int8 that holds every value seen."""
+    return maxima.max().reshape(1).clamp_min(TINY) / 127.5
+
+
+def search_clip(
+    sample: Tensor,  # [m, K] inputs
+    extremes: Tensor,  # [e, K] the inputs with the largest values
+    maxima: Tensor,  # [K] over all inputs
+    pairs: Sequence[tuple[Tensor, Tensor]],  # weights before and after rounding, [N, K] each
+    *,
+    share: float,  # of the extremes among all inputs
+) -> float:
+    """Which part of the largest value a static scale should hold: smaller steps for all, some values cut.
+
+    The errors of the extremes count for their share, those of the sample for the rest.
+    """
+
+    def error(x: Tensor, scale: Tensor) -> float:
+        rounded = round_static(x, scale)
+        return sum(float((rounded @ after.T - x @ before.T).double().square().mean()) for before, after in pairs)
+
+    largest = static_scale(maxima)
+    costs = [share * error(extremes, largest * clip) + (1 - share) * error(sample, largest * clip) for clip in CLIPS]
+    return CLIPS[min(range(len(CLIPS)), key=costs.__getitem__)]  # the first, widest, of equals
 
 
 def pair_factors(maxima: Tensor, *, strength: float) -> Tensor:

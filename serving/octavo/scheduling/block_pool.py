@@ -136,6 +136,11 @@ class BlockPool:
         """How many of `blocks` would become available if their one holder let go."""
         return sum(1 for block in blocks if self._references[block] == 1)
 
+    def check_idle(self) -> None:
+        """AssertionError if a block is in use. Unlike `check_integrity` it does not look at every block."""
+        assert len(self._free) + len(self._cached) == self.num_blocks, "a block is lost"
+        assert len(self._by_digest) == len(self._cached), "digests and blocks differ"
+
     def check_integrity(self) -> None:
         """Free + used + cached = all, each block in one state, digests and blocks one to one. AssertionError if not."""
         free, cached = set(self._free), set(self._cached)

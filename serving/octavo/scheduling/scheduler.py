@@ -2,9 +2,10 @@
 
 One rule: every step brings each sequence's `num_computed` closer to its `num_tokens` under one token budget:
 sequences that lack one token first, then prompts in chunks, then new ones. Plans are made one step ahead: `schedule`
-may be called while one plan is not committed; tokens that it samples count as pending. In this order:
+may be called while one plan is not committed; tokens that it samples count as pending. A plan with drafts is the last
+one until it is committed, since nobody knows how many of them come true. In this order:
 
-    schedule   grow tables, preempt (newest first), admit, build the plan
+    schedule   grow tables, preempt (newest first), admit, build the plan, add drafts
     commit     fill in tokens, decide finishes, register full blocks, then give back what no other plan refers to
 
 Blocks and slots of a sequence that ended or was preempted go back when the last plan that refers to them is committed.
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 
 from octavo.protocol.messages import EngineStats, SequenceOutput, Submit, TokenLogprobs
 from octavo.scheduling.block_pool import BLOCK_SIZE, BlockPool, extend_digests, num_blocks_for
+from octavo.scheduling.drafting import Drafting
 from octavo.scheduling.holdings import Holdings
 from octavo.scheduling.plan import PENDING, Sampled, SequenceStep, StepPlan, StepResult
 from octavo.scheduling.sequence import Sequence, State, from_submit
 from octavo.scheduling.waiting import WaitingQueue
 
+MOST_BLOCKS_CHECKED = 1 << 14  # while idle; a request that comes meanwhile waits
 MAX_IN_FLIGHT = 2  # plans not committed: one running, one waiting behind it
 
 
@@ -34,6 +37,8 @@ class Limits:
     max_num_batched_tokens: int  # tokens of one step
     context_length: int  # tokens of prompt + output
     vocab_size: int
+    speculation: bool = False  # of sequences that do not say it themselves
+    max_draft_tokens: int = 8
 
 
 @dataclass(slots=True)
@@ -42,6 +47,8 @@ class _InFlight:
 
     plan: StepPlan
     members: list[Sequence]
+    has_drafts: bool = False
+    is_uniform: bool = False  # one token for each sequence, and drafts: its time says what rows cost
 
 
 @dataclass(slots=True)
@@ -52,6 +59,9 @@ class _Counters:
     prefix_hit_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -69,6 +79,8 @@ class Scheduler:
         self._step_id = 0
         self._arrivals = 0
         self._counters = _Counters()
+        self._drafting = Drafting(pool, most=limits.max_draft_tokens)
+        self._num_speculating = 0  # of the sequences that have not finished
 
     # ---- coming and going
 
@@ -96,13 +108,16 @@ class Scheduler:
             return SequenceOutput(submit.seq_id, [], "error", error=error)
         self._arrivals += 1
         total = min(self.limits.context_length, self.pool.num_blocks * BLOCK_SIZE + 1)  # the last token is not computed
-        seq = from_submit(submit, arrival=self._arrivals, max_tokens_total=total)
+        asked = submit.params.speculation
+        speculates = self.limits.speculation if asked is None else asked
+        seq = from_submit(submit, arrival=self._arrivals, max_tokens_total=total, speculates=speculates)
         reason = seq.finish_of(seq.token_ids[-1]) if seq.num_known_outputs else None
         if reason is None and len(seq.token_ids) >= seq.limit:
             reason = "length"
         if reason is not None:
             return SequenceOutput(submit.seq_id, [], reason)
         self._sequences[seq.seq_id] = seq
+        self._num_speculating += speculates
         self._waiting.push(seq)
         return None
 
@@ -132,6 +147,7 @@ class Scheduler:
     def _finish(self, seq: Sequence) -> None:
         before, seq.state = seq.state, State.FINISHED
         del self._sequences[seq.seq_id]
+        self._num_speculating -= seq.speculation is not None
         if before is State.RUNNING:
             self._running.remove(seq)
             self._release(seq)
@@ -147,11 +163,14 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can be computed before an earlier plan is committed (or at all)."""
         assert len(self._in_flight) < MAX_IN_FLIGHT, "commit the oldest plan first"
+        if self._in_flight and self._in_flight[-1].has_drafts:
+            return None
         plan = StepPlan(self._step_id + 1)
         current = _InFlight(plan, [])
         budget = self.limits.max_num_batched_tokens
         prompts, short = self._plan_decodes(current)
-        budget -= len(current.members)
+        num_decodes = len(current.members)
+        budget -= num_decodes
         for seq in prompts:
             if budget and seq.state is State.RUNNING:
                 budget -= self._plan(current, seq, most=budget)
@@ -159,6 +178,11 @@ class Scheduler:
             self._admit(current, budget, now)
         if not current.members:
             return None
+        current.is_uniform = num_decodes == len(current.members)
+        if current.is_uniform and self._num_speculating:
+            current.has_drafts = self._drafting.lengthen(
+                current.members, plan.sequences, room=budget, spare=len(self._running)
+            )
         self._step_id += 1
         self._in_flight.append(current)
         fresh = {step.slot for step in plan.sequences if step.fresh}
@@ -240,6 +264,8 @@ class Scheduler:
                 return
             self._waiting.pop()
             seq.state = State.RUNNING
+            if not seq.has_run:
+                seq.cached_tokens = min(seq.num_computed, seq.prompt_len)
             seq.slot = self._holdings.take_slot()
             seq.scheduled_at = seq.scheduled_at or now
             insort(self._running, seq, key=lambda other: other.order)
@@ -258,8 +284,6 @@ class Scheduler:
         seq.grow(blocks)
         seq.num_registered = len(hits)
         seq.num_computed = len(hits) * BLOCK_SIZE
-        if seq.cached_tokens < 0:
-            seq.cached_tokens = min(seq.num_computed, seq.prompt_len)
         if self.pool.prefix_cache:
             self._counters.prefix_query_tokens += num_tokens
             self._counters.prefix_hit_tokens += seq.num_computed
@@ -277,44 +301,54 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Fill in what the oldest plan sampled; outputs in plan order. Sequences that ended meanwhile are skipped."""
-        members = self._take_oldest(plan)
+        oldest = self._take_oldest(plan)
+        members = oldest.members
         assert len(result.sampled) == len(result.prompt_logprobs) == len(members), "the result does not fit the plan"
         outputs: list[SequenceOutput] = []
         self._counters.steps += 1
+        if oldest.is_uniform and self._num_speculating:
+            self._drafting.measured(plan.num_tokens, result.seconds)
         for seq, step, sampled, entries in zip(members, plan.sequences, result.sampled, result.prompt_logprobs):
             if seq.state is State.FINISHED:
                 continue
             if step.start < step.prompt_len:
-                self._counters.prompt_tokens += min(step.end, step.prompt_len) - step.start
-                computed_again = seq.state is State.WAITING and not step.sample
-                if entries is not None and seq.prompt_logprobs is not None and not computed_again:
-                    seq.prompt_logprobs.extend(entries)
+                self._commit_prompt(seq, step, entries)
+            if step.num_drafts:
+                assert sampled is not None, "the runner did not sample"
+                outputs.append(self._verify(seq, step, sampled))
+                continue
             if step.end // BLOCK_SIZE > seq.num_registered:
-                self._register(seq, step)
+                self._register(seq, step, step.end)
             if step.sample:
                 assert sampled is not None, "the runner did not sample"
                 outputs.append(self._append(seq, sampled))
         self._holdings.end_commit()
         return outputs
 
+    def _commit_prompt(self, seq: Sequence, step: SequenceStep, entries: list[TokenLogprobs] | None) -> None:
+        self._counters.prompt_tokens += min(step.end, step.prompt_len) - step.start
+        computed_again = seq.state is State.WAITING and not step.sample
+        if entries is not None and seq.prompt_logprobs is not None and not computed_again:
+            seq.prompt_logprobs.extend(entries)
+
     def fail(self, plan: StepPlan, message: str) -> list[SequenceOutput]:
         """The oldest plan failed as a whole: its sequences end with an error, the others go on."""
-        members = self._take_oldest(plan)
+        members = self._take_oldest(plan).members
         living = [seq for seq in members if seq.state is not State.FINISHED]
         for seq in living:
             self._finish(seq)
         self._holdings.end_commit()
         return [self._output(seq, [], "error", error=message) for seq in living]
 
-    def _take_oldest(self, plan: StepPlan) -> list[Sequence]:
+    def _take_oldest(self, plan: StepPlan) -> _InFlight:
         oldest = self._in_flight.popleft()
         assert oldest.plan is plan, "plans are committed in order"
         self._holdings.begin_commit(plan.step_id)
-        return oldest.members
+        return oldest
 
-    def _register(self, seq: Sequence, step: SequenceStep) -> None:
+    def _register(self, seq: Sequence, step: SequenceStep, end: int) -> None:
         """Full blocks that this step completed become findable; also those of a sequence preempted since."""
-        num_full = step.end // BLOCK_SIZE
+        num_full = end // BLOCK_SIZE
         if self.pool.prefix_cache:
             extend_digests(seq.digests, seq.token_ids, upto=num_full)
             for index in range(seq.num_registered, num_full):
@@ -331,6 +365,37 @@ class Scheduler:
         if reason is not None:
             self._finish(seq)
         return output
+
+    def _verify(self, seq: Sequence, step: SequenceStep, sampled: Sampled) -> SequenceOutput:
+        """Take the tokens drawn at a draft, up to one that ends the sequence. What the cache holds of them is good."""
+        assert seq.speculation is not None
+        assert seq.state is State.RUNNING, "nothing is preempted while a draft is under way"
+        drawn = [sampled, *sampled.more]
+        seq.num_pending -= 1
+        token_ids: list[int] = []
+        reason = None
+        while reason is None and len(token_ids) < len(drawn):
+            token_ids.append(drawn[len(token_ids)].token_id)
+            seq.token_ids.append(token_ids[-1])
+            reason = seq.finish_of(token_ids[-1])
+        accepted = len(token_ids) - 1
+        seq.num_computed += accepted
+        seq.speculation.learn(drafted=step.num_drafts, accepted=len(sampled.more))
+        self._count_drafts(step.num_drafts, accepted)
+        if seq.num_computed // BLOCK_SIZE > seq.num_registered:
+            self._register(seq, step, seq.num_computed)
+        entries = [one.logprobs for one in drawn[: len(token_ids)] if one.logprobs is not None]
+        output = self._output(seq, token_ids, reason, logprobs=entries or None)
+        if reason is not None:
+            self._finish(seq)
+        return output
+
+    def _count_drafts(self, drafted: int, accepted: int) -> None:
+        counters = self._counters
+        counters.output_tokens += accepted + 1
+        counters.drafts += 1
+        counters.draft_tokens += drafted
+        counters.accepted_tokens += accepted
 
     def _output(
         self,
@@ -371,12 +436,25 @@ class Scheduler:
             prefix_hit_tokens=counters.prefix_hit_tokens,
             prompt_tokens=counters.prompt_tokens,
             output_tokens=counters.output_tokens,
+            num_drafts=counters.drafts,
+            draft_tokens=counters.draft_tokens,
+            accepted_tokens=counters.accepted_tokens,
             last_progress=last_progress,
             step_deadline=step_deadline,
         )
 
+    def check_idle(self) -> None:
+        """AssertionError if the books of a scheduler without sequences do not show that nothing is held.
+
+        Looks at every block only where that takes milliseconds.
+        """
+        assert not self._sequences and not self._in_flight, "not idle"  # noqa: PT018
+        self.pool.check_idle()
+        if self.pool.num_blocks <= MOST_BLOCKS_CHECKED:
+            self.check_integrity()
+
     def check_integrity(self) -> None:
-        """AssertionError if blocks, slots and sequences do not add up."""
+        """AssertionError if blocks, slots and sequences do not add up. Looks at every block."""
         self._holdings.check_integrity([seq.blocks for seq in self._running], [seq.slot for seq in self._running])
         waiting = sum(1 for seq in self._sequences.values() if seq.state is State.WAITING)
         assert waiting == len(self._waiting), "the queue's length is wrong"

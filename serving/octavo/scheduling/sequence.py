@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from octavo.protocol.messages import SamplingParams, Submit, TokenLogprobs
+from octavo.scheduling.speculation import Speculation
 
 
 class State(enum.Enum):
@@ -49,6 +50,8 @@ class Sequence:
     cached_tokens: int = -1  # prompt tokens found in the prefix cache when it first ran; -1: not yet
     announced: bool = False  # its first output was made
     prompt_logprobs: list[TokenLogprobs] | None = None  # collected over the chunks of the prompt
+    tenant: str = ""  # whose turn it takes while it waits
+    speculation: Speculation | None = None  # None: its tokens are drawn one a step
 
     @property
     def order(self) -> tuple[int, int]:
@@ -63,6 +66,11 @@ class Sequence:
     @property
     def num_known_outputs(self) -> int:
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it ever left the queue; if it waits, it was preempted."""
+        return self.cached_tokens >= 0
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -94,7 +102,7 @@ class Sequence:
         return entries
 
 
-def from_submit(submit: Submit, *, arrival: int, max_tokens_total: int) -> Sequence:
+def from_submit(submit: Submit, *, arrival: int, max_tokens_total: int, speculates: bool = False) -> Sequence:
     """A waiting sequence. `max_tokens_total` bounds prompt + outputs by context and cache."""
     params = submit.params
     if submit.generated_token_ids and params.prompt_logprobs >= 0:
@@ -109,4 +117,6 @@ def from_submit(submit: Submit, *, arrival: int, max_tokens_total: int) -> Seque
         token_ids=[*submit.prompt_token_ids, *submit.generated_token_ids],
         limit=min(prompt_len + params.max_tokens, max_tokens_total),
         prompt_logprobs=[] if params.prompt_logprobs >= 0 else None,
+        tenant=submit.tenant,
+        speculation=Speculation() if speculates else None,
     )

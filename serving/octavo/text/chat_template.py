@@ -1,117 +1,31 @@
 """The model's chat template: jinja2 in a sandbox, with the globals that templates of Hugging Face models expect.
 
-Templates come from the model folder only; still a render has limits: iterations, time, size of the result and of
-what operators may build. Used by the intake thread and by the offline API; a render is single-threaded.
+Templates come from the model folder only; still a render has limits, which template_limits.py holds. Used by the
+intake thread and by the offline API; a render is single-threaded.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from itertools import islice
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from octavo.protocol.errors import InvalidRequest
+from octavo.text.template_limits import MAX_OUTPUT, Budget, Environment, TemplateLimit
 
 MAX_SOURCE = 1 << 20  # characters of a template
-MAX_OUTPUT = 1 << 24  # characters of a rendered prompt
-MAX_ITERATIONS = 1_000_000
-MAX_SECONDS = 5.0
-MAX_BUILT = 1 << 20  # items or characters that an operator may build
+MAX_DATE_FORMAT = 256
 JOINT = "\n\n"  # between messages that are merged
 
 Messages = Sequence[Mapping[str, str]]
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
-class TemplateLimit(jinja2.TemplateError):
-    """A render went over a limit."""
-
-
-class _GenerationTag(Extension):
-    """{% generation %} … {% endgeneration %} marks the assistant's words for training; here it is transparent."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Budget:
-    """What is left of one render."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self.start()
-
-    def start(self) -> None:
-        self._iterations = MAX_ITERATIONS
-        self._deadline = self._clock() + MAX_SECONDS
-
-    def spend(self, iterable: Iterable[Any]) -> Collection[Any]:
-        """Pay for a loop before it begins."""
-        items = iterable if isinstance(iterable, Collection) else list(islice(iterable, self._iterations + 1))
-        self._iterations -= len(items) + 1
-        if self._iterations < 0 or self._clock() > self._deadline:
-            raise TemplateLimit("the chat template takes too many steps")
-        return items
-
-
-def _spend_from(budget: _Budget) -> Callable[[Any, Iterable[Any]], Collection[Any]]:
-    @jinja2.pass_context  # which also keeps jinja2 from folding it at compile time
-    def spend(context: Any, iterable: Iterable[Any]) -> Collection[Any]:
-        return budget.spend(iterable)
-
-    return spend
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Loops are paid for; operators cannot build huge values."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "spend", [], [], None, None, lineno=loop.lineno)
-        return tree
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if _builds_much(operator, left, right):
-            raise TemplateLimit("the chat template builds too large a value")
-        return super().call_binop(context, operator, left, right)
-
-
-def _builds_much(operator: str, left: Any, right: Any) -> bool:
-    if operator == "*":
-        collections = [side for side in (left, right) if isinstance(side, Collection)]
-        sizes = [len(side) if isinstance(side, Collection) else side for side in (left, right)]
-        return bool(collections) and sizes[0] * sizes[1] > MAX_BUILT
-    if operator == "**":
-        return bool(abs(left) > MAX_BUILT or abs(right) > 64)
-    return isinstance(left, str) and any(len(run) > 5 for run in _digits(left))
-
-
-def _digits(text: str) -> list[str]:
-    return "".join(character if character.isdigit() else " " for character in text).split()
-
-
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class ChatTemplate:
@@ -123,12 +37,10 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise ValueError(f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed")
         self._special_tokens = dict(special_tokens)
-        self._budget = _Budget(clock)
-        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.filters["spend"] = _spend_from(self._budget)
+        self._budget = Budget(clock)
+        environment = Environment(self._budget)
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: now().strftime(form)
+        environment.globals["strftime_now"] = lambda form: now().strftime(form[:MAX_DATE_FORMAT])
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:

@@ -39,6 +39,21 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
+class _Table(dict[int, "bytes | str | int | None"]):
+    """The piece of each id, found when it is first asked for: one look-up a token after that.
+
+    Byte-level: str if its bytes are whole characters, else bytes. Pieces: str, or int for a byte token. None: no text.
+    """
+
+    def __init__(self, find: Callable[[int], bytes | str | int | None]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, token_id: int) -> bytes | str | int | None:
+        found = self[token_id] = self._find(token_id)
+        return found
+
+
 class Pieces:
     """What each token id stands for, filled as ids occur; shared by all sequences of a tokenizer."""
 
@@ -50,7 +65,7 @@ class Pieces:
         self._decode = decode
         self._plan = _Plan(decoder)
         self._alphabet = byte_of_character()
-        self._table: dict[int, bytes | str | int | None] = {}
+        self.table = _Table(self._find)
 
     def new_detokenizer(self, *, continues_text: bool = False) -> Detokenizer:
         """`continues_text`: the output goes on from a prompt, so a leading space belongs to it."""
@@ -59,14 +74,6 @@ class Pieces:
         if self._plan.family == "pieces":
             return PieceDetokenizer(self, self._plan, continues_text=continues_text)
         return WindowDetokenizer(self._decode)
-
-    def piece(self, token_id: int) -> bytes | str | int | None:
-        """Byte-level: str if its bytes are whole characters, else bytes. Pieces: str, or int for a byte token."""
-        try:
-            return self._table[token_id]
-        except KeyError:
-            found = self._table[token_id] = self._find(token_id)
-            return found
 
     def _find(self, token_id: int) -> bytes | str | int | None:
         token = None if token_id in self._skip else self._token_of(token_id)
@@ -84,7 +91,7 @@ class Pieces:
 
     def text_of(self, token_id: int) -> str:
         """A token by itself, for logprobs: leading space kept, special tokens shown, broken characters as U+FFFD."""
-        piece = self.piece(token_id)
+        piece = self.table[token_id]
         if isinstance(piece, str):
             return piece
         if piece is None:
@@ -140,18 +147,18 @@ class ByteLevelDetokenizer:
     """All tokens are bytes of one UTF-8 text; what is malformed becomes U+FFFD."""
 
     def __init__(self, pieces: Pieces) -> None:
-        self._piece = pieces.piece
+        self._table = pieces.table
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.pending = False
 
     def feed(self, token_id: int) -> str:
-        piece = self._piece(token_id)
-        if piece is None:
-            return ""
+        piece = self._table[token_id]
         if isinstance(piece, str):
             if not self.pending:
                 return piece
             piece = piece.encode()
+        if piece is None:
+            return ""
         assert isinstance(piece, bytes)
         text = self._utf8.decode(piece)
         self.pending = bool(self._utf8.getstate()[0])
@@ -169,7 +176,7 @@ class PieceDetokenizer:
     """
 
     def __init__(self, pieces: Pieces, plan: _Plan, *, continues_text: bool) -> None:
-        self._piece = pieces.piece
+        self._table = pieces.table
         self._run = bytearray()
         self._long_run: codecs.IncrementalDecoder | None = None
         self._strip, self._num_strip = plan.strip_left
@@ -179,7 +186,7 @@ class PieceDetokenizer:
         self.pending = False
 
     def feed(self, token_id: int) -> str:
-        piece = self._piece(token_id)
+        piece = self._table[token_id]
         if piece is None:
             return ""
         if isinstance(piece, int):

@@ -24,6 +24,7 @@ class OutputText:
 
     def __init__(self, detokenizer: Detokenizer, *, stops: StopStrings | None = None, min_tokens: int = 1) -> None:
         self._detokenizer = detokenizer
+        self._text_of = detokenizer.feed
         self._matcher = StopMatcher(stops) if stops is not None else None
         self._min_tokens = min_tokens
         self.token_ids: list[int] = []
@@ -44,7 +45,7 @@ class OutputText:
             return True
         self.num_sampled += 1
         self.token_ids.append(token_id)
-        text = self._detokenizer.feed(token_id)
+        text = self._text_of(token_id)
         split = self._detokenizer.pending
         if self._matcher is None and not split and not self._starts:  # the common case
             self._ready.append(text)

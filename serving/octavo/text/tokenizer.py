@@ -13,7 +13,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as Library
 
-from octavo.text.chat_template import ChatTemplate
+from octavo.protocol.errors import InvalidRequest
+from octavo.text import injection
+from octavo.text.chat_template import ChatTemplate, Messages
 from octavo.text.detokenizer import Detokenizer, Pieces
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -46,6 +48,8 @@ class Tokenizer:
                          if isinstance(generation_config.get(name), (int, float))}
         source = chat_template or _default_template(config.get("chat_template"))
         self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
+        self._control = injection.pattern_of(token.content for token in added.values() if token.special)
+        self._plain = self._plain_words() if source else {}
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -78,6 +82,37 @@ class Tokenizer:
         """Token ids of a text; with `add_special_tokens` what the model puts around a plain text (BOS)."""
         # The batch call, unlike `encode`, does not keep other threads from running.
         return self._library.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True,
+                    continue_final_message: bool = False, variables: Mapping[str, Any] | None = None
+                    ) -> tuple[str, list[int]]:
+        """The prompt that the chat template makes of messages, and its token ids. Control tokens are the template's
+        alone: in a message they are plain text. Raises InvalidRequest; needs a chat template.
+        """
+        assert self.chat_template is not None
+        mark = ""
+        if self._control is not None:
+            try:
+                messages, variables, mark = injection.mark_all(messages, variables or {}, self._control)
+            except ValueError as error:
+                raise InvalidRequest(str(error), field="messages") from None
+        text = self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+            variables=variables,
+        )
+        if not mark:
+            return text, self.encode(text)
+        text, starts = injection.unmarked(text, mark)
+        encoded = self._library.encode_batch([text], add_special_tokens=False)[0]
+        return text, injection.plain_ids(encoded.ids, encoded.offsets, starts, self._plain)
+
+    def _plain_words(self) -> dict[int, list[int]]:
+        """The token ids of each control word when it is no control word."""
+        self._library.encode_special_tokens = True
+        try:
+            return {token_id: self.encode(self._library.id_to_token(token_id) or "") for token_id in self.special_ids}
+        finally:
+            self._library.encode_special_tokens = False
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens skipped."""

@@ -10,8 +10,9 @@ from octavo.kernels.choose import self_test
 from octavo.kernels.gpu import products
 from octavo.kernels.gpu.backend import GpuKernels
 from octavo.kernels.gpu.device import DeviceLimits
+from octavo.kernels.gpu.experts import find_tiles
 from octavo.kernels.gpu.tiles import Tile
-from octavo.kernels.interface import ActivationFormat, Kernels
+from octavo.kernels.interface import ActivationFormat, Kernels, PackedLinear
 from octavo.kernels.reference import ReferenceKernels
 
 DYNAMIC = ActivationFormat(1)
@@ -90,3 +91,57 @@ def test_wrong_formats_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="multiplies"):
         GPU.linear(torch.ones(1, 8), packed)
     assert GPU.linear(GPU.quantize(torch.empty(0, 8), DYNAMIC), packed).shape == (0, 5)
+
+
+@pytest.mark.parametrize("format", [DYNAMIC, TWO_LIMBS])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_experts_at_once_equal_experts_one_by_one(format: ActivationFormat, groups: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, inner, experts, rows, top_k = 128, 64, 5, 9, 2
+    x = torch.randn(rows, hidden, generator=generator)
+    ids = torch.stack([torch.randperm(experts - 1, generator=generator)[:top_k] for _ in range(rows)])  # one unused
+    gate_up = [packed(GPU, (2 * inner, hidden), format, groups=groups, seed=i) for i in range(experts)]
+    down = [packed(GPU, (hidden, inner), format, groups=1, seed=50 + i) for i in range(experts)]
+    stacked = GPU.stack_experts(gate_up), GPU.stack_experts(down)
+    assert stacked[0] is not None
+    assert stacked[1] is not None
+    found = GPU.run_experts(GPU.quantize(x, format), ids, *stacked)  # type: ignore[arg-type]
+    for row in range(rows):
+        for place, expert in enumerate(ids[row].tolist()):
+            inside = GPU.linear(GPU.quantize(x[row : row + 1], format), gate_up[expert])
+            expected = GPU.linear(GPU.silu_mul(inside, format), down[expert])
+            assert torch.equal(found[row, place], expected[0])
+
+
+def test_experts_that_differ_are_not_stacked() -> None:
+    one = packed(GPU, (64, 128), DYNAMIC, groups=1, seed=0)
+    for other in (
+        packed(GPU, (64, 128), TWO_LIMBS, groups=1, seed=1),
+        packed(GPU, (32, 128), DYNAMIC, groups=1, seed=1),
+    ):
+        assert GPU.stack_experts([one, other]) is None
+    assert GPU.stack_experts([one, GPU.pack_float(torch.randn(64, 128))]) is None
+
+
+@pytest.mark.parametrize(("rows", "block"), [(1, 16), (7, 4), (40, 16)])
+def test_tiles_take_every_pair_once(rows: int, block: int) -> None:
+    ids = torch.randint(0, 6, (rows, 3), generator=torch.Generator().manual_seed(rows))
+    tiles = find_tiles(ids, num_experts=8, block=block)
+    flat, taken = ids.reshape(-1), []
+    for expert, first in zip(tiles.expert.tolist(), tiles.first.tolist()):
+        if expert < 8:
+            pairs = tiles.order[first : min(first + block, int(tiles.end[expert]))].tolist()
+            assert pairs
+            assert {int(flat[pair]) for pair in pairs} == {expert}
+            taken += pairs
+    assert sorted(taken) == list(range(3 * rows))
+
+
+def packed(
+    kernels: GpuKernels, shape: tuple[int, int], format: ActivationFormat, *, groups: int, seed: int
+) -> PackedLinear:
+    """Random int8 weights with a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+    scale = torch.rand(shape[0], groups, generator=generator) * 0.01
+    return kernels.pack_int8(weight, scale, format=format, bias=torch.randn(shape[0], generator=generator))

@@ -8,4 +8,4 @@ from pathlib import Path
 from octavo.node.launch import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], node=(sys.executable, str(Path(__file__).with_name("node.py")))))
+    sys.exit(main(node=(sys.executable, str(Path(__file__).with_name("node.py")))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -41,5 +42,6 @@ class CpuKernels(CpuProducts, CpuRows, CpuAttention, CpuMoe, CpuLayers, CpuSampl
         self.name = variant
         self.device = torch.device("cpu")
         self._lib = load_library(library_path(folder, variant), SIGNATURES)
+        self._quick = load_library(library_path(folder, variant), SIGNATURES, opener=ctypes.PyDLL)
         self._pool = create_pool(self._lib, num_threads or len(os.sched_getaffinity(0)), owner=self)
         self._memory = WeightMemory(self._lib)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.cpu.cache import CpuCache, check_heads
-from octavo.kernels.cpu.library import CpuBase, WeightMemory, checked, pointer
+from octavo.kernels.cpu.library import CpuBase, WeightMemory, checked, empty_floats, pointer
 from octavo.kernels.cpu.products import CpuInt8Linear
 from octavo.kernels.interface import BatchLayout, DenseLayer, LayerCache, LayerStack, PackedLinear
 
@@ -88,7 +88,7 @@ class CpuStack:
         rows = checked(rows, torch.int64, (-1,), "rows")
         self._attach(caches)
         self._reserve(max(count, len(rows)))
-        y = torch.empty(len(rows), hidden)
+        y = empty_floats(len(rows), hidden)
         sequences = len(layout.query_start) - 1
         tensors = {
             "query_start": checked(layout.query_start, torch.int32, (-1,), "query_start"),

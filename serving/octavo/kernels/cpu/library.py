@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,22 +24,35 @@ _LARGE = 8 << 20  # bytes of a result that gets huge pages
 
 
 class CpuBase:
-    """What the mixins share. `_lib` has the native functions as attributes; `_pool` is the first argument of each."""
+    """What the mixins share. `_lib` has the native functions as attributes; `_pool` is the first argument of each.
+
+    `_quick` has the same functions for calls of microseconds: it keeps the interpreter lock. A thread that gives it up
+    between two steps may get it back only when the engine's loop has done its work.
+    """
 
     name: str
     device: torch.device
     _lib: ctypes.CDLL
+    _quick: ctypes.PyDLL
     _pool: int
     _memory: WeightMemory
 
 
-def load_library(path: Path, signatures: Mapping[str, str]) -> ctypes.CDLL:
+Library = TypeVar("Library", bound=ctypes.CDLL)
+
+
+def load_library(
+    path: Path,
+    signatures: Mapping[str, str],
+    *,
+    opener: Callable[[str], Library] = ctypes.CDLL,  # type: ignore[assignment]
+) -> Library:
     """Open `path` and declare its functions: one letter an argument (p pointer, i int64, f float, d double), all
     returning nothing.
 
     Raises OSError if the file is missing or not for this machine, AttributeError if a function is missing.
     """
-    library = ctypes.CDLL(str(path))
+    library = opener(str(path))
     library.octavo_pool_create.argtypes = [ctypes.c_int64]
     library.octavo_pool_create.restype = ctypes.c_void_p
     library.octavo_pool_destroy.argtypes = [ctypes.c_void_p]
@@ -69,6 +84,11 @@ def checked(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: st
     if tensor.dtype != dtype or not matches or tensor.device.type != "cpu":
         raise ValueError(f"{name} must be {dtype} {list(shape)} on the cpu, not {tensor.dtype} {list(tensor.shape)}")
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def empty_floats(rows: int, width: int) -> Tensor:
+    """[rows, width] float32 without contents. Unlike torch.empty this keeps the interpreter lock."""
+    return torch.from_numpy(np.empty((rows, width), dtype=np.float32))
 
 
 def empty_result(library: ctypes.CDLL, rows: int, width: int) -> Tensor:

@@ -7,11 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.kernels.cpu.library import CpuBase, checked, pointer
+from octavo.kernels.cpu.library import CpuBase, checked, empty_floats, pointer
 from octavo.kernels.cpu.products import FLOAT_TYPES
 from octavo.kernels.interface import Activation, ActivationFormat, Quantized
 
 Address = int | None
+_QUICK = 1 << 17  # floats that are written while another thread would get the interpreter lock
 SIGNATURES = {
     "octavo_embedding": "pppiiip",
     "octavo_absmax": "ppiip",
@@ -47,10 +48,12 @@ class CpuRows(CpuBase):
         if table.dtype not in FLOAT_TYPES or table.dim() != 2 or not table.is_contiguous():
             raise ValueError(f"an embedding must be contiguous float [V, H], not {table.dtype} {list(table.shape)}")
         rows, width = ids.shape[0], table.shape[1]
-        if rows and (int(ids.min()) < 0 or int(ids.max()) >= table.shape[0]):
+        values = ids.numpy()
+        if rows and (values.min() < 0 or values.max() >= table.shape[0]):
             raise IndexError(f"token ids must be from 0 to {table.shape[0] - 1}")
-        y = torch.empty(rows, width, dtype=torch.float32)
-        self._lib.octavo_embedding(
+        y = empty_floats(rows, width)
+        library = self._quick if rows * width <= _QUICK else self._lib
+        library.octavo_embedding(
             self._pool, pointer(ids), pointer(table), FLOAT_TYPES[table.dtype], rows, width, pointer(y)
         )
         return y

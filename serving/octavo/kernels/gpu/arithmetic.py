@@ -110,3 +110,88 @@ def dot_float(x, w, acc, EXACT_TF32: tl.constexpr):
         return tl.dot(first, w, acc, input_precision="tf32")
     else:
         return tl.dot(x, w, acc, input_precision="ieee")
+
+
+@triton.jit
+def product_tile(
+    hi_ptrs,  # [BLOCK_M, BLOCK_K] pointers to the first step's activations, upper limb
+    lo_ptrs,
+    w_ptrs,  # [BLOCK_N, BLOCK_K]
+    w_row,  # [BLOCK_N] int64
+    w_scale_ptr,
+    correction_ptr,
+    zero_ptr,
+    N,
+    K,
+    zero,  # 0, as `rounded` takes it
+    STEPS_PER_GROUP: tl.constexpr,
+    LIMBS: tl.constexpr,
+    HAS_INPUT_ZERO: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Σ t · sw over the groups, [BLOCK_M, BLOCK_N] float32: all of a product but the scales of the rows."""
+    hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    hi_sum = tl.zeros((BLOCK_M,), tl.int32)
+    lo_sum = tl.zeros((BLOCK_M,), tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, tl.cdiv(K, BLOCK_K)):
+        w = tl.load(w_ptrs).T
+        x_hi = tl.load(hi_ptrs)
+        hi = tl.dot(x_hi, w, hi, out_dtype=tl.int32)
+        if LIMBS == 2:
+            x_lo = tl.load(lo_ptrs)
+            lo = tl.dot(x_lo, w, lo, out_dtype=tl.int32)
+            lo_ptrs += BLOCK_K
+        if HAS_ZERO:
+            hi_sum += tl.sum(x_hi.to(tl.int32), 1)
+            if LIMBS == 2:
+                lo_sum += tl.sum(x_lo.to(tl.int32), 1)
+        hi_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        if STEPS_PER_GROUP > 0 and (step + 1) % STEPS_PER_GROUP == 0:
+            at = (step // STEPS_PER_GROUP) * N + w_row
+            scaled = _scaled(
+                hi, lo, hi_sum, lo_sum, at, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
+            )
+            total += rounded(scaled, zero)
+            hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+            lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+            hi_sum = tl.zeros((BLOCK_M,), tl.int32)
+            lo_sum = tl.zeros((BLOCK_M,), tl.int32)
+    if STEPS_PER_GROUP == 0:
+        total = _scaled(
+            hi, lo, hi_sum, lo_sum, w_row, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
+        )
+    return total
+
+
+@triton.jit
+def _scaled(
+    hi,  # [BLOCK_M, BLOCK_N] int32
+    lo,
+    hi_sum,  # [BLOCK_M] int32: sums of the activations of this group
+    lo_sum,
+    at,  # [BLOCK_N] where this group's scales lie
+    w_scale_ptr,
+    correction_ptr,
+    zero_ptr,
+    LIMBS: tl.constexpr,
+    HAS_INPUT_ZERO: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+):
+    """t · sw of one group; int32 may wrap on the way, the corrected sum fits."""
+    if HAS_ZERO:
+        zero = tl.load(zero_ptr + at)[None, :]
+        hi -= zero * hi_sum[:, None]
+        if LIMBS == 2:
+            lo -= zero * lo_sum[:, None]
+    if HAS_INPUT_ZERO:
+        hi -= tl.load(correction_ptr + at)[None, :]
+    t = hi.to(tl.float32)
+    if LIMBS == 2:
+        t = t * 256.0 + lo.to(tl.float32)
+    return t * tl.load(w_scale_ptr + at)[None, :]

@@ -6,9 +6,8 @@ import torch
 
 from octavo.kernels.gpu.attention import GpuAttention
 from octavo.kernels.gpu.device import read_limits
+from octavo.kernels.gpu.experts import GpuGrouped
 from octavo.kernels.gpu.moe import GpuMoe
-from octavo.kernels.gpu.products import GpuProducts
-from octavo.kernels.gpu.rows import GpuRows
 from octavo.kernels.gpu.sampling import GpuSampling
 
 OLDEST = (8, 0)  # int8 tensor cores with asynchronous copies
@@ -18,7 +17,7 @@ class UnsupportedDevice(RuntimeError):
     """This device cannot run the kernels; the message says why."""
 
 
-class GpuKernels(GpuProducts, GpuRows, GpuAttention, GpuMoe, GpuSampling):
+class GpuKernels(GpuGrouped, GpuAttention, GpuMoe, GpuSampling):
     """`interface.Kernels` on NVIDIA cards. One thread at a time may call it."""
 
     name = "gpu"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.gpu.arithmetic import dot_float, rounded
+from octavo.kernels.gpu.arithmetic import dot_float, product_tile, rounded
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -49,39 +49,10 @@ def int8_gemm(
     lo_ptrs = hi_ptrs + M.to(tl.int64) * stride
     w_ptrs = w_ptr + w_row[:, None] * stride + k[None, :]
     zero = tl.minimum(M, 0)
-    hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    hi_sum = tl.zeros((BLOCK_M,), tl.int32)
-    lo_sum = tl.zeros((BLOCK_M,), tl.int32)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, tl.cdiv(K, BLOCK_K)):
-        w = tl.load(w_ptrs).T
-        x_hi = tl.load(hi_ptrs)
-        hi = tl.dot(x_hi, w, hi, out_dtype=tl.int32)
-        if LIMBS == 2:
-            x_lo = tl.load(lo_ptrs)
-            lo = tl.dot(x_lo, w, lo, out_dtype=tl.int32)
-            lo_ptrs += BLOCK_K
-        if HAS_ZERO:
-            hi_sum += tl.sum(x_hi.to(tl.int32), 1)
-            if LIMBS == 2:
-                lo_sum += tl.sum(x_lo.to(tl.int32), 1)
-        hi_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-        if STEPS_PER_GROUP > 0 and (step + 1) % STEPS_PER_GROUP == 0:
-            at = (step // STEPS_PER_GROUP) * N + w_row
-            scaled = _scaled(
-                hi, lo, hi_sum, lo_sum, at, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
-            )
-            total += rounded(scaled, zero)
-            hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-            lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-            hi_sum = tl.zeros((BLOCK_M,), tl.int32)
-            lo_sum = tl.zeros((BLOCK_M,), tl.int32)
-    if STEPS_PER_GROUP == 0:
-        total = _scaled(
-            hi, lo, hi_sum, lo_sum, w_row, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
-        )
+    total = product_tile(
+        hi_ptrs, lo_ptrs, w_ptrs, w_row, w_scale_ptr, correction_ptr, zero_ptr, N, K, zero,
+        STEPS_PER_GROUP, LIMBS, HAS_INPUT_ZERO, HAS_ZERO, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     y = rounded(total * tl.load(x_scale_ptr + x_row)[:, None], zero)
     if HAS_BIAS:
         y += tl.load(bias_ptr + w_row)[None, :]
@@ -104,34 +75,6 @@ def _tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.con
     tile_m = first + inside % size
     tile_n = inside // size
     return tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-
-
-@triton.jit
-def _scaled(
-    hi,  # [BLOCK_M, BLOCK_N] int32
-    lo,
-    hi_sum,  # [BLOCK_M] int32: sums of the activations of this group
-    lo_sum,
-    at,  # [BLOCK_N] where this group's scales lie
-    w_scale_ptr,
-    correction_ptr,
-    zero_ptr,
-    LIMBS: tl.constexpr,
-    HAS_INPUT_ZERO: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-):
-    """t · sw of one group; int32 may wrap on the way, the corrected sum fits."""
-    if HAS_ZERO:
-        zero = tl.load(zero_ptr + at)[None, :]
-        hi -= zero * hi_sum[:, None]
-        if LIMBS == 2:
-            lo -= zero * lo_sum[:, None]
-    if HAS_INPUT_ZERO:
-        hi -= tl.load(correction_ptr + at)[None, :]
-    t = hi.to(tl.float32)
-    if LIMBS == 2:
-        t = t * 256.0 + lo.to(tl.float32)
-    return t * tl.load(w_scale_ptr + at)[None, :]
 
 
 @triton.jit(do_not_specialize=["M"])

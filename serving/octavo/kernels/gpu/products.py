@@ -82,12 +82,12 @@ class GpuProducts(GpuBase):
         check_int8(weight, zero_point, format=format, group_size=inputs // groups)
         bias = None if bias is None else checked(bias.float(), torch.float32, (outputs,), "bias")
         group = 0 if groups == 1 else round_up(inputs // groups, SMALLEST_GROUP)
-        spread = _spread(weight[None], groups=groups, group=group)[0]
+        laid_out = spread(weight[None], groups=groups, group=group)[0]
         return GpuInt8Linear(
             in_features=inputs,
             out_features=outputs,
             format=format,
-            weight=spread.to(self.device),
+            weight=laid_out.to(self.device),
             scale=scale.T.contiguous().to(self.device),
             correction=_correction(weight, zero_point, groups=groups, format=format, device=self.device),
             zero_point=None if zero_point is None else zero_point.T.contiguous().to(self.device),
@@ -127,7 +127,7 @@ class GpuProducts(GpuBase):
         if weight.group:
             inputs = groups * weight.group
             if weight.group * groups != weight.in_features:
-                q = _spread(q[:, :, : weight.in_features], groups=groups, group=weight.group)
+                q = spread(q[:, :, : weight.in_features], groups=groups, group=weight.group)
         tile = int8_tile(
             rows, outputs, inputs, limbs=limbs, group=weight.group, residual=residual is not None, limits=self._limits
         )
@@ -158,7 +158,7 @@ class GpuProducts(GpuBase):
         )  # fmt: skip
 
 
-def _spread(x: Tensor, *, groups: int, group: int) -> Tensor:
+def spread(x: Tensor, *, groups: int, group: int) -> Tensor:
     """[L, R, K] int8 as [L, R, stride]: each group padded to `group` (0: one group as it is), zeros behind."""
     lead, inputs = x.shape[:2], x.shape[2]
     size = inputs // groups

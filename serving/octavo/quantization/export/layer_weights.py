@@ -149,6 +149,7 @@ def write_layer(
     *,
     dtype_of: Mapping[str, torch.dtype],  # of the checkpoint's tensors, by name
     packed: bool = False,
+    input_scales: Mapping[str, Tensor] | None = None,  # by site, [1]; None: dynamic
 ) -> dict[str, Tensor]:
     """The layer under the checkpoint's names: int8 weights with scales, and floats in the types that they had."""
     tensors: dict[str, Tensor] = {}
@@ -160,6 +161,8 @@ def write_layer(
             parts = [quantized[role] for role in roles]
             tensors.update(_levels(product, _rows([part.q for part in parts], rows), packed=packed))
             tensors[f"{product.name}.weight_scale"] = _rows([part.scale for part in parts], rows)
+            if input_scales:
+                tensors[f"{product.name}.input_scale"] = input_scales[product.site].clone()
         else:
             tensors[f"{product.name}.weight"] = _rows([weights[f"{role}.weight"] for role in roles], rows)
             tensors[f"{product.name}.weight"] = _stored(tensors[f"{product.name}.weight"], dtype, product.name)

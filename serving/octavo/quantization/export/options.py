@@ -24,6 +24,7 @@ class Options:
     smoothing: bool = True
     gptq: bool = True
     keys: bool = True
+    clipping: bool = True
     act_order: bool = True
     cache_per_head: bool = False
     ablation: bool = True
@@ -38,6 +39,7 @@ class Options:
         """What is made and measured side by side; the last one is what is written."""
         wanted = [("smoothing", self.smoothing), ("gptq", self.gptq)]
         wanted += [("keys", self.keys)] if self.scheme.eight_bit_cache else []
+        wanted += [("clipping", self.clipping)] if self.scheme.static_inputs else []
         used = [name for name, is_on in wanted if is_on]
         steps = [used[:count] for count in range(len(used) + 1)] if self.ablation else [used]
         return [
@@ -46,6 +48,7 @@ class Options:
                 smoothing="smoothing" in step,
                 gptq="gptq" in step,
                 keys="keys" in step,
+                clipping="clipping" in step,
                 act_order=self.act_order,
                 cache_per_head=self.cache_per_head,
             )

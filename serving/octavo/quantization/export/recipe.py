@@ -11,10 +11,10 @@ from torch import Tensor
 from octavo.models.config import ModelConfig
 from octavo.quantization.export.layer_weights import FLOAT_ROLES, Product, Weights
 from octavo.quantization.export.scheme_names import Scheme
-from octavo.quantization.export.statistics import Recorder, Rounding
+from octavo.quantization.export.statistics import InputStatistics, Recorder, Rounding
 from octavo.quantization.gptq import round_gptq, round_nearest, row_errors
 from octavo.quantization.scheme import QuantizedTensor, dequantize
-from octavo.quantization.smooth import Smoothing, key_scale, search_channels, search_keys
+from octavo.quantization.smooth import Smoothing, key_scale, search_channels, search_clip, search_keys, static_scale
 
 MAX_SEARCHED = 12  # weights that one search looks at: many experts are alike
 
@@ -27,6 +27,7 @@ class Ingredients:
     smoothing: bool = True
     gptq: bool = True
     keys: bool = True
+    clipping: bool = True
     act_order: bool = True
     cache_per_head: bool = False
 
@@ -40,6 +41,7 @@ class MadeLayer:
     rounding: Rounding
     strengths: dict[str, float] = field(default_factory=dict)
     product_errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # role: nearest, as made; relative
+    clips: dict[str, float] = field(default_factory=dict)  # site: which part of the largest input its scale holds
 
 
 def make_layer(
@@ -59,9 +61,12 @@ def make_layer(
         made.strengths["keys"] = _smooth_keys(changed, seen, config, per_head=ingredients.cache_per_head)
     if ingredients.smoothing:
         _smooth(made, products, seen, config=config, scheme=scheme, float_units=float_units)
-    for product in products:
-        if product.unit != "float" and product.unit not in float_units:
-            _round(made, product, seen, scheme=scheme, ingredients=ingredients)
+    rounded = [product for product in products if product.unit != "float" and product.unit not in float_units]
+    exact = dict(changed) if scheme.static_inputs else {}
+    for product in rounded:
+        _round(made, product, seen, scheme=scheme, ingredients=ingredients)
+    if scheme.static_inputs:
+        _set_input_scales(made, exact, rounded, seen, clipping=ingredients.clipping)
     if scheme.eight_bit_cache:
         assert seen.k_maxima is not None
         assert seen.v_maxima is not None
@@ -83,6 +88,38 @@ def _round(made: MadeLayer, product: Product, seen: Recorder, *, scheme: Scheme,
         made.product_errors[product.role] = (before, after)
     made.quantized[product.role] = chosen
     made.weights[name] = dequantize(chosen)
+
+
+def _set_input_scales(
+    made: MadeLayer, exact: Mapping[str, Tensor], products: list[Product], seen: Recorder, *, clipping: bool
+) -> None:
+    """A scale for the input of every product; all experts share that of what the router hears."""
+    origins: dict[str, list[Product]] = {}  # by the site whose statistics count
+    for product in products:
+        origin = "router" if product.unit == "mlp" and "router" in seen.sites else product.site
+        origins.setdefault(origin, []).append(product)
+    scales = made.rounding.input_scales
+    for origin, members in origins.items():
+        if origin in seen.sites:
+            scale, made.clips[origin] = _input_scale(seen.sites[origin], made, exact, members, clipping=clipping)
+            scales.update({product.site: scale for product in members})
+    for origin, members in origins.items():
+        if origin not in seen.sites:  # an expert that no calibration token reached: as wide as the widest
+            widest = torch.stack([scale for site, scale in scales.items() if site.endswith(".down")]).amax(dim=0)
+            scales.update({product.site: widest for product in members})
+
+
+def _input_scale(
+    inputs: InputStatistics, made: MadeLayer, exact: Mapping[str, Tensor], products: list[Product], *, clipping: bool
+) -> tuple[Tensor, float]:
+    """The scale [1], and which part of the largest value it holds."""
+    names = [f"{product.role}.weight" for product in products[:MAX_SEARCHED]]
+    clip = 1.0
+    if clipping:
+        pairs = [(exact[name], made.weights[name]) for name in names]
+        share = inputs.extremes.shape[0] / inputs.num_rows
+        clip = search_clip(inputs.sample, inputs.extremes, inputs.maxima, pairs, share=share)
+    return static_scale(inputs.maxima) * clip, clip
 
 
 def _smooth_keys(weights: Weights, seen: Recorder, config: ModelConfig, *, per_head: bool) -> float:
@@ -130,7 +167,7 @@ def _smooth(
             _fold_values(weights, seen, found.factors, config)
             continue
         _fold_norm(weights, "input_norm" if unit == "qkv" else "mlp_norm", roles, found.factors)
-        _rescale(seen, [product.site for product in products if product.unit == unit], found.factors)
+        _rescale(seen, [site, *(product.site for product in products if product.unit == unit)], found.factors)
     for product in products:
         if product.unit == "down" and "down" not in float_units and product.site in seen.sites:
             found = _search(weights, [product.role], seen, product.site, scheme=scheme)
@@ -157,7 +194,8 @@ def _search(
         [weights[f"{role}.weight"] for role in roles[:MAX_SEARCHED]],
         groups=groups,
         eight_bit_inputs=scheme.eight_bit_inputs,
-        static_inputs=cached,
+        static_inputs=scheme.static_inputs,
+        cached=cached,
         group_size=scheme.group_size,
     )
 
@@ -202,4 +240,5 @@ def _rescale(seen: Recorder, sites: list[str], factors: Tensor) -> None:
             inputs = seen.sites[site]
             inputs.maxima = inputs.maxima / factors
             inputs.sample = inputs.sample / factors
+            inputs.extremes = inputs.extremes / factors
             inputs.hessian = inputs.hessian / (factors[:, None] * factors[None, :])

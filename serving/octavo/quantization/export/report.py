@@ -20,6 +20,7 @@ def write_report(
     about: Mapping[str, object],
     exact: Measured,
     variants: Mapping[str, Measured],
+    float_cache: Measured | None,
     layers: Sequence[Mapping[str, Any]],
     float_units: Mapping[str, Sequence[str]],
 ) -> None:
@@ -30,12 +31,13 @@ def write_report(
         "float": asdict(exact),
         "made": asdict(last),
         "ablation": {name: asdict(measured) for name, measured in variants.items()},
+        "float_cache": None if float_cache is None else asdict(float_cache),
         "kept_float": {layer: list(units) for layer, units in float_units.items()},
         "layers": list(layers),
     }
     write_json(folder / "report.json", values)
     has_plot = _plot(folder / PLOT, layers)
-    lines = [*_head(about), *_figures(exact, variants), *_kept(float_units), *_layers(layers)]
+    lines = [*_head(about), *_figures(exact, variants, float_cache), *_kept(float_units), *_layers(layers)]
     lines += ["", f"![error per layer]({PLOT})"] if has_plot else []
     (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -51,17 +53,18 @@ def _head(about: Mapping[str, object]) -> list[str]:
     ]
 
 
-def _figures(exact: Measured, variants: Mapping[str, Measured]) -> list[str]:
+def _figures(exact: Measured, variants: Mapping[str, Measured], float_cache: Measured | None) -> list[str]:
     lines = [
         "## Against the float model",
         "",
-        "Each row has the ingredients of the rows above it; the last one is this checkpoint.",
+        f"Each row has the ingredients of the rows above it; `{list(variants)[-1]}` is this checkpoint.",
         "",
         "| | perplexity | change | top-1 agreement | KL (nats) |",
         "|---|---|---|---|---|",
         f"| float | {exact.perplexity:.4f} | | | |",
     ]
-    for name, one in variants.items():
+    rows = dict(variants) if float_cache is None else {**variants, "the last with a float cache": float_cache}
+    for name, one in rows.items():
         change = one.perplexity / exact.perplexity - 1
         lines.append(f"| {name} | {one.perplexity:.4f} | {change:+.2%} | {one.top1_agreement:.2%} | {one.kl:.2e} |")
     return lines

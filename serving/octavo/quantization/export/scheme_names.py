@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from octavo.quantization.errors import CheckpointError
 
-NAMES = "a8w8c8, a8w8, w8a16, w8a16-g128 (any group size from 16)"
+NAMES = "a8w8c8, a8w8, a8w8c8-static, a8w8-static, w8a16, w8a16-g128 (any group size from 16)"
+STATIC = "-static"
 GROUPED = re.compile(r"w8a16-g(\d{2,4})")
 EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Weights are always int8."""
+    """Weights are always int8. static_inputs: a calibrated scale per product's input, not one per token."""
 
     name: str
     eight_bit_inputs: bool
     eight_bit_cache: bool
     group_size: int | None = None
+    static_inputs: bool = False
 
     @property
     def packed(self) -> bool:
@@ -35,8 +37,9 @@ def parse_scheme(name: str) -> Scheme:
         "a8w8": Scheme("a8w8", eight_bit_inputs=True, eight_bit_cache=False),
         "w8a16": Scheme("w8a16", eight_bit_inputs=False, eight_bit_cache=False),
     }
-    if name in known:
-        return known[name]
+    base = name.removesuffix(STATIC)
+    if base in known and (base == name or known[base].eight_bit_inputs):
+        return replace(known[base], name=name, static_inputs=base != name)
     grouped = GROUPED.fullmatch(name)
     if grouped is None or not 16 <= int(grouped[1]) <= 1024:
         raise CheckpointError(f"--scheme {name!r} is not known (known: {NAMES})")
@@ -48,10 +51,13 @@ def quantization_config(scheme: Scheme, *, ignore: Sequence[str], cache_per_head
     weights: dict[str, object] = {**EIGHT_BITS, "strategy": "channel", "dynamic": False}
     if scheme.group_size is not None:
         weights = {**EIGHT_BITS, "strategy": "group", "group_size": scheme.group_size, "dynamic": False}
+    inputs: dict[str, object] = {**EIGHT_BITS, "strategy": "token", "dynamic": True}
+    if scheme.static_inputs:
+        inputs = {**EIGHT_BITS, "strategy": "tensor", "dynamic": False}
     group = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": {**EIGHT_BITS, "strategy": "token", "dynamic": True} if scheme.eight_bit_inputs else None,
+        "input_activations": inputs if scheme.eight_bit_inputs else None,
         "output_activations": None,
     }
     cache = {**EIGHT_BITS, "strategy": "attn_head" if cache_per_head else "tensor", "dynamic": False}

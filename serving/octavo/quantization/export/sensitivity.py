@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from octavo.models.config import ModelConfig
-from octavo.quantization.export.layer_forward import Hooks, Rows, run_layer
+from octavo.quantization.export.layer_forward import Rows, run_layer
 from octavo.quantization.export.layer_weights import Product
 from octavo.quantization.export.scheme_names import Scheme
-from octavo.quantization.export.statistics import Rounding
+from octavo.quantization.export.statistics import Recorder, Rounding
 from octavo.quantization.gptq import round_nearest
 from octavo.quantization.scheme import dequantize
+from octavo.quantization.smooth import static_scale
 
 UNITS = ("qkv", "o", "mlp", "down")  # products of one input share a scheme, since servers fuse them
 
@@ -39,7 +40,9 @@ def unit_errors(
     scheme: Scheme,
 ) -> tuple[list[UnitError], Tensor]:
     """The errors of a layer's units one at a time, and the layer's exact output."""
-    exact = run_layer(weights, x, rows, config=config, index=index, hooks=Hooks())
+    seen = Recorder(config.rope.rotary_dim)
+    exact = run_layer(weights, x, rows, config=config, index=index, hooks=seen)
+    scales = {site: static_scale(inputs.maxima) for site, inputs in seen.sites.items()} if scheme.static_inputs else {}
     energy = float(exact.double().square().mean()) or 1.0
     found = []
     for unit in UNITS:
@@ -49,7 +52,8 @@ def unit_errors(
             name = f"{product.role}.weight"
             changed[name] = dequantize(round_nearest(weights[name], group_size=scheme.group_size))
         others = tuple(other for other in UNITS if other != unit)
-        made = run_layer(changed, x, rows, config=config, index=index, hooks=Rounding(scheme.eight_bit_inputs, others))
+        rounding = Rounding(scheme.eight_bit_inputs, others, input_scales=scales)
+        made = run_layer(changed, x, rows, config=config, index=index, hooks=rounding)
         size = sum(product.shape[0] * product.shape[1] for product in members)
         error = float((made - exact).double().square().mean()) / energy
         found.append(UnitError(index, unit, size, error))

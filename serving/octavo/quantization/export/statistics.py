@@ -14,6 +14,7 @@ from torch import Tensor
 from octavo.quantization.export.layer_forward import Hooks
 from octavo.quantization.smooth import round_activation, round_static
 
+EXTREME_ROWS = 8
 SAMPLE_ROWS = 384  # of an input kept for searches
 SAMPLE_KEYS = 256
 
@@ -25,6 +26,8 @@ class InputStatistics:
     maxima: Tensor  # [K]
     sample: Tensor  # [m, K]
     hessian: Tensor  # [K, K] Σ xᵀx
+    extremes: Tensor  # [e, K] the rows with the largest values, rarest but what a static scale must hold or cut
+    num_rows: int
 
 
 @dataclass
@@ -39,7 +42,9 @@ class Recorder(Hooks):
     v_maxima: Tensor | None = None  # [kv_heads, D]
 
     def input(self, site: str, x: Tensor) -> Tensor:
-        self.sites[site] = InputStatistics(x.abs().amax(dim=0), _sample(x, SAMPLE_ROWS), x.T @ x)
+        largest = x.abs().amax(dim=1).topk(min(EXTREME_ROWS, x.shape[0])).indices
+        maxima, sample = x.abs().amax(dim=0), _sample(x, SAMPLE_ROWS)
+        self.sites[site] = InputStatistics(maxima, sample, x.T @ x, x[largest], x.shape[0])
         return x
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,18 +56,23 @@ class Recorder(Hooks):
 
 @dataclass
 class Rounding(Hooks):
-    """Rounds inputs to int8 per row and the cache to its static scales, except at units that stay float."""
+    """Rounds inputs to int8 per row, or by their site's static scale, and the cache to its static scales.
+
+    Units that stay float are left alone.
+    """
 
     eight_bit_inputs: bool
     float_units: Container[str] = ()
     k_scale: Tensor | None = None  # [1] or [kv_heads]
     v_scale: Tensor | None = None
+    input_scales: dict[str, Tensor] = field(default_factory=dict)  # by site, [1]; empty: dynamic
 
     def input(self, site: str, x: Tensor) -> Tensor:
         unit = site.rpartition(".")[2]
         if not self.eight_bit_inputs or unit == "router" or unit in self.float_units:
             return x
-        return round_activation(x)
+        scale = self.input_scales.get(site)
+        return round_activation(x) if scale is None else round_static(x, scale)
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.k_scale is None or self.v_scale is None:

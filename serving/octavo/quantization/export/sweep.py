@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo.models.config import ModelConfig, load_config
@@ -21,7 +20,7 @@ from octavo.models.rope import cos_sin_table
 from octavo.quantization.calibrate import CalibrationText
 from octavo.quantization.errors import CheckpointError
 from octavo.quantization.export.evaluation import Head, Measured, measure
-from octavo.quantization.export.folder import copy_companions, write_config, write_shards
+from octavo.quantization.export.folder import copy_companions, copy_tensors, write_config, write_shards
 from octavo.quantization.export.layer_forward import Hooks, Rows, run_layer
 from octavo.quantization.export.layer_weights import (
     Product,
@@ -43,6 +42,7 @@ from octavo.quantization.files import read_json
 from octavo.quantization.formats.source import TensorSource
 
 FLOAT = "float"
+FLOAT_CACHE = "float cache"  # what is written, but with its cache in float
 SENSITIVITY_ROWS = 4096  # tokens on which units are compared
 Progress = Callable[[str, float], None]  # stage, fraction from 0 to 1
 
@@ -53,6 +53,7 @@ class Outcome:
 
     exact: Measured
     variants: dict[str, Measured]  # the last one was written
+    float_cache: Measured | None = None  # what was written, but with its cache in float
 
 
 def check(options: Options) -> ModelConfig:
@@ -136,8 +137,14 @@ class _Sweep:
 
     def _first_streams(self) -> dict[str, Tensor]:
         x = self._embed([*self._text.calibration, *self._text.held_out])
+        held_out = [FLOAT, FLOAT_CACHE] if self._compares_caches else [FLOAT]
         streams = {one.name: x for one in self._options.variants()}
-        return {name: stream.clone() for name, stream in {**streams, FLOAT: x[self._num_calibration :]}.items()}
+        streams.update({name: x[self._num_calibration :] for name in held_out})
+        return {name: stream.clone() for name, stream in streams.items()}
+
+    @property
+    def _compares_caches(self) -> bool:
+        return self._options.ablation and self._options.scheme.eight_bit_cache
 
     def _choose_float(self) -> dict[str, list[str]]:
         """A walk of its own: which units stay float must be known before the first is rounded."""
@@ -186,11 +193,15 @@ class _Sweep:
             )
             behind[one.name] = self._through(index, made.weights, streams[one.name], self._rows, made.rounding)
         alone = self._through(index, made.weights, streams[FLOAT], self._held_out, made.rounding)
+        if self._compares_caches:
+            rounding = replace(made.rounding, k_scale=None, v_scale=None)
+            behind[FLOAT_CACHE] = self._through(index, made.weights, streams[FLOAT_CACHE], self._held_out, rounding)
         notes = {
             "alone": _relative(alone, behind[FLOAT]),
             "accumulated": _relative(behind[one.name][self._num_calibration :], behind[FLOAT]),
             "strengths": made.strengths,
             "products": made.product_errors,
+            "clips": made.clips,
         }
         return self._tensors(index, made), behind, notes
 
@@ -201,7 +212,13 @@ class _Sweep:
         config = self._config
         dtypes = {name: dtype for name in self._source.names() if (dtype := self._source.dtype(name)) is not None}
         tensors = write_layer(
-            config, index, made.weights, made.quantized, dtype_of=dtypes, packed=self._options.scheme.packed
+            config,
+            index,
+            made.weights,
+            made.quantized,
+            dtype_of=dtypes,
+            packed=self._options.scheme.packed,
+            input_scales=made.rounding.input_scales,
         )
         attention = f"{config.family.layer.format(layer=index)}.{config.family.names.attention}"
         for kind, scale in (("k", made.rounding.k_scale), ("v", made.rounding.v_scale)):
@@ -222,7 +239,10 @@ class _Sweep:
             one.name: measure(head, exact, streams[one.name][self._num_calibration :], self._text.held_out)
             for one in self._options.variants()
         }
-        return Outcome(measure(head, exact, exact, self._text.held_out), made)
+        float_cache = None
+        if self._compares_caches:
+            float_cache = measure(head, exact, streams[FLOAT_CACHE], self._text.held_out)
+        return Outcome(measure(head, exact, exact, self._text.held_out), made, float_cache)
 
     def _write(self, outcome: Outcome) -> None:
         """Put the folder together in the state's, then move it to its place."""
@@ -234,7 +254,8 @@ class _Sweep:
         if config.tie_word_embeddings:
             names.pop()
         ends = options.state / "ends.safetensors"
-        save_file({name: self._source.take(name).contiguous() for name in names}, ends)
+        copy_tensors(self._source, names, ends)
+        self._source.release()
         layers = [self._state.layer_file(index) for index in range(config.num_layers)]
         write_shards(fresh, [ends, *layers], max_bytes=options.max_shard_bytes)
         entry = quantization_config(options.scheme, ignore=self._ignored(), cache_per_head=options.cache_per_head)
@@ -262,6 +283,7 @@ class _Sweep:
             about=about,
             exact=outcome.exact,
             variants=outcome.variants,
+            float_cache=outcome.float_cache,
             layers=self._state.layers,
             float_units=self._state.float_units or {},
         )

@@ -36,6 +36,7 @@ class ReaderInputs:
     weight_quant: str = "auto"  # auto, none, wint8, a8w8: for float weights
     float_dtype: torch.dtype | None = None  # None: keep the checkpoint's
     measure: bool = False  # the loss of float weights too: slower
+    head_quant: str = "none"  # none, wint8, a8w8: for a float head
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,14 @@ class TensorSource:
     def names(self) -> Iterable[str]:
         return self._where.keys()
 
+    def files(self) -> dict[str, list[str]]:
+        """The names of the tensors in each safetensors file."""
+        found: dict[str, list[str]] = {}
+        for name, file_name in self._where.items():
+            if name not in self._values:
+                found.setdefault(file_name, []).append(name)
+        return found
+
     def dtype(self, name: str) -> torch.dtype | None:
         """The type of a tensor without reading it; None if there is no such tensor, or of no type that is read."""
         if name not in self._where:

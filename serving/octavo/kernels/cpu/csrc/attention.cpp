@@ -1,7 +1,8 @@
-// Attention over the paged cache. Work is cut into units (a sequence, a kv head, up to 64 query rows: tokens times the
-// heads of the kv head); if there are too few units for the threads, a unit is cut into runs of whole segments whose
-// partials are folded afterwards in order. Every row meets the same tiles and segments in the same order either way, so
-// the cut never changes a bit.
+// Attention over the paged cache. Work is cut into units (a sequence, some kv heads, up to 64 query rows: tokens times
+// heads); if there are too few units for the threads, a unit is cut into runs of whole segments whose partials are folded
+// afterwards in order. Every row meets the same tiles and segments in the same order either way, so the cut never changes a
+// bit. A unit takes its heads through a tile one after the other, as they lie in memory: long runs are what the processor
+// fetches by itself, and asked for 4 kB at a time it reads at half the rate.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -29,16 +30,19 @@ struct Call {
   int64_t group() const { return num_heads / cache.kv_heads; }
 };
 
-// Query rows [row, row + num_rows) of the step, all heads of one kv head, and the segments [first, last) one of them
-// sees.
+// Query rows [row, row + num_rows) of the step, all heads of kv heads [kv_head, kv_head + kv_heads), and the segments
+// [first, last) one of them sees. Its rows are numbered kv head by kv head, in each token by token.
 struct Unit {
   int64_t sequence;
   int64_t kv_head;
+  int64_t kv_heads;
   int64_t row;
   int64_t num_rows;
   int64_t first_segment;
   int64_t last_segment;
   int64_t partials;  // index of its first partial, -1 if it is not cut
+
+  int64_t rows(int64_t group) const { return kv_heads * num_rows * group; }
 };
 
 struct Part {
@@ -55,21 +59,22 @@ struct Partials {
 };
 
 constexpr int64_t kSegment = kTile * kTilesPerSegment;
-constexpr int64_t kLongestRun = 8;  // parts that a thread takes at once, so that it knows what comes next
-constexpr int64_t kTargetRows =
-    64;  // of a unit: enough that reading a tile costs nothing, few enough for the first cache
+constexpr int64_t kTargetRows = 64;   // of a unit: enough that reading a tile costs nothing, few enough for the first cache
+constexpr int64_t kTargetUnits = 4;   // per thread: fewer kv heads a unit before there are fewer units
 
-std::vector<Unit> make_units(const Call& call) {
+std::vector<Unit> make_units(const Call& call, int num_threads) {
   std::vector<Unit> units;
-  const int64_t step = std::max<int64_t>(1, kTargetRows / call.group());
+  const int64_t step = std::max<int64_t>(1, kTargetRows / call.group()), kv_heads = call.cache.kv_heads;
+  const int64_t spare = std::max<int64_t>(1, call.num_sequences * kv_heads / (kTargetUnits * num_threads));
   for (int64_t sequence = 0; sequence < call.num_sequences; ++sequence) {
     const int64_t stop = call.query_start[sequence + 1];
     for (int64_t row = call.query_start[sequence]; row < stop; row += step) {
       const int64_t num_rows = std::min(step, stop - row);
       const int64_t lowest = call.window == 0 ? 0 : std::max<int64_t>(0, call.positions[row] - call.window + 1);
       const int64_t last = call.positions[row + num_rows - 1] / kSegment + 1;
-      for (int64_t head = 0; head < call.cache.kv_heads; ++head)
-        units.push_back({sequence, head, row, num_rows, lowest / kSegment, last, -1});
+      const int64_t heads = std::max<int64_t>(1, std::min(spare, kTargetRows / (num_rows * call.group())));
+      for (int64_t head = 0; head < kv_heads; head += heads)
+        units.push_back({sequence, head, std::min(heads, kv_heads - head), row, num_rows, lowest / kSegment, last, -1});
     }
   }
   return units;
@@ -78,7 +83,7 @@ std::vector<Unit> make_units(const Call& call) {
 // Cuts units that are too large for a fair share, longest parts first. Returns the number of partials needed.
 int64_t make_parts(const Call& call, int num_threads, std::vector<Unit>& units, std::vector<Part>& parts) {
   int64_t total = 0, num_partials = 0;
-  const auto weight = [&](const Unit& unit) { return unit.num_rows * call.group() + 8; };  // 8: reading the tile
+  const auto weight = [&](const Unit& unit) { return unit.kv_heads * (unit.num_rows * call.group() + 8); };  // 8: reading
   for (const Unit& unit : units) total += weight(unit) * (unit.last_segment - unit.first_segment);
   const int64_t share = num_threads == 1 ? total : std::max<int64_t>(1, total / (4 * num_threads));
   for (size_t i = 0; i < units.size(); ++i) {
@@ -87,7 +92,7 @@ int64_t make_parts(const Call& call, int num_threads, std::vector<Unit>& units, 
     const int64_t cuts = std::min(segments, num_tiles(weight(unit) * segments, share));
     if (cuts > 1) {
       unit.partials = num_partials;
-      num_partials += unit.num_rows * call.group() * segments;
+      num_partials += unit.rows(call.group()) * segments;
     }
     for (int64_t cut = 0; cut < cuts; ++cut) {
       const int64_t first = unit.first_segment + segments * cut / cuts,
@@ -99,10 +104,11 @@ int64_t make_parts(const Call& call, int num_threads, std::vector<Unit>& units, 
   return num_partials;
 }
 
-// Where a tile of a unit lies.
+// One kv head's part of a tile of a unit; `head` counts within the unit.
 struct Place {
   const Unit* unit;
   int64_t tile;
+  int64_t head;
 };
 
 int64_t block_of(const Call& call, const Place& at, int half) {
@@ -115,12 +121,12 @@ int64_t block_of(const Call& call, const Place& at, int half) {
 TileView view_tile(const Call& call, const Place& at, const Place& next) {
   TileView view;
   for (int half = 0; half < 2; ++half) {
-    const int64_t block = block_of(call, at, half), head = at.unit->kv_head;
+    const int64_t block = block_of(call, at, half), head = at.unit->kv_head + at.head;
     view.k[half] = call.cache.k_block(block, head);
     view.v[half] = call.cache.v_block(block, head);
     view.k_scale[half] = call.cache.k_scale(block, head);
     view.v_scale[half] = call.cache.v_scale(block, head);
-    const int64_t next_block = block_of(call, next, half), next_head = next.unit->kv_head;
+    const int64_t next_block = block_of(call, next, half), next_head = next.unit->kv_head + next.head;
     view.next_k[half] = call.cache.k_block(next_block, next_head);
     view.next_v[half] = call.cache.v_block(next_block, next_head);
     if (call.cache.type != kInt8) continue;
@@ -133,23 +139,24 @@ TileView view_tile(const Call& call, const Place& at, const Place& next) {
 }
 
 const float* row_query(const Call& call, const Unit& unit, int64_t row) {
-  const int64_t head = unit.kv_head * call.group() + row % call.group();
-  return call.q + ((unit.row + row / call.group()) * call.num_heads + head) * call.cache.head_dim;
+  const int64_t each = unit.num_rows * call.group(), in_head = row % each;
+  const int64_t head = (unit.kv_head + row / each) * call.group() + in_head % call.group();
+  return call.q + ((unit.row + in_head / call.group()) * call.num_heads + head) * call.cache.head_dim;
 }
 
 float* row_out(const Call& call, const Unit& unit, int64_t row) {
   return call.out + (row_query(call, unit, row) - call.q);
 }
 
-// The rows that see something of the tile are neighbours, since positions ascend: [first, last), spans set.
-void find_spans(const Call& call, const Unit& unit, int64_t tile, RowState& state, int64_t* first, int64_t* last) {
-  const int64_t rows = unit.num_rows * call.group(), start = tile * kTile;
-  *first = *last = 0;
-  for (int64_t row = 0; row < rows; ++row) {
+// The rows of a kv head that see something of the tile are neighbours, since positions ascend: [first, last), spans set.
+void find_spans(const Call& call, const Place& at, RowState& state, int64_t* first, int64_t* last) {
+  const int64_t rows = at.unit->num_rows * call.group(), begin = at.head * rows, start = at.tile * kTile;
+  *first = *last = begin;
+  for (int64_t row = begin; row < begin + rows; ++row) {
     const int64_t low = call.window == 0 ? 0 : state.position[row] - call.window + 1 - start;
     const int64_t high = state.position[row] + 1 - start;
     if (high <= 0 || low >= kTile) {
-      if (*last == 0) *first = row + 1;
+      if (*last == begin) *first = row + 1;
       continue;
     }
     state.span[row] = {static_cast<int>(std::max<int64_t>(low, 0)), static_cast<int>(std::min<int64_t>(high, kTile))};
@@ -160,7 +167,7 @@ void find_spans(const Call& call, const Unit& unit, int64_t tile, RowState& stat
 template <typename Tile>
 void run_tile(const Call& call, const Place& at, const Place& next, RowState& state) {
   int64_t first, last;
-  find_spans(call, *at.unit, at.tile, state, &first, &last);
+  find_spans(call, at, state, &first, &last);
   if (first >= last) return;
   const TileView view = view_tile(call, at, next);
   for (int64_t row = first; row < last; row += Tile::kRows)
@@ -169,21 +176,28 @@ void run_tile(const Call& call, const Place& at, const Place& next, RowState& st
     });
 }
 
+// All kv heads of the unit; the next tile's first one comes after the last.
+template <typename Tile>
+void run_heads(const Call& call, const Unit& unit, int64_t tile, const Place& after, RowState& state) {
+  for (int64_t head = 0; head < unit.kv_heads; ++head)
+    run_tile<Tile>(call, {&unit, tile, head}, head + 1 < unit.kv_heads ? Place{&unit, tile, head + 1} : after, state);
+}
+
 // `after`: what the thread reads once it is done.
 template <typename Tile>
 void run_part(const Call& call, const Unit& unit, const Part& part, const Place& after, const Partials& partials, RowState& state) {
-  const int64_t rows = unit.num_rows * call.group(), width = call.cache.width(), head_dim = call.cache.head_dim;
+  const int64_t rows = unit.rows(call.group()), width = call.cache.width(), head_dim = call.cache.head_dim;
   const int64_t segments = unit.last_segment - unit.first_segment;
   const int64_t last_seen = call.positions[unit.row + unit.num_rows - 1] / kTile;
   const int64_t last_tile = std::min(part.last_segment * kTilesPerSegment - 1, last_seen);
   for (int64_t row = 0; row < rows; ++row) {
-    state.position[row] = call.positions[unit.row + row / call.group()];
+    state.position[row] = call.positions[unit.row + row / call.group() % unit.num_rows];
     state.segment[row] = state.total[row] = kNothing;
     Tile::prepare(state, row, row_query(call, unit, row), head_dim, call.scale);
   }
   for (int64_t segment = part.first_segment; segment < part.last_segment; ++segment) {
     for (int64_t tile = segment * kTilesPerSegment; tile < (segment + 1) * kTilesPerSegment; ++tile)
-      run_tile<Tile>(call, {&unit, tile}, tile < last_tile ? Place{&unit, tile + 1} : after, state);
+      if (tile <= last_seen) run_heads<Tile>(call, unit, tile, tile < last_tile ? Place{&unit, tile + 1, 0} : after, state);
     for (int64_t row = 0; row < rows; ++row) {
       float* out = state.segment_out + row * width;
       if (unit.partials >= 0) {
@@ -210,7 +224,7 @@ void finish_row(const Sum& sum, const float* o, float* out, int64_t head_dim) {
 void fold_unit(const Call& call, const Unit& unit, const Partials& partials) {
   alignas(64) float out[kMaxHeadDim];
   const int64_t segments = unit.last_segment - unit.first_segment, width = call.cache.width();
-  for (int64_t row = 0; row < unit.num_rows * call.group(); ++row) {
+  for (int64_t row = 0; row < unit.rows(call.group()); ++row) {
     Sum total = kNothing;
     for (int64_t i = unit.partials + row * segments; i < unit.partials + (row + 1) * segments; ++i)
       if (!is_empty(partials.sums[i])) combine(total, out, partials.sums[i], &partials.out[i * width], width);
@@ -220,7 +234,7 @@ void fold_unit(const Call& call, const Unit& unit, const Partials& partials) {
 
 template <typename Tile>
 void attend(Pool* pool, const Call& call) {
-  std::vector<Unit> units = make_units(call);
+  std::vector<Unit> units = make_units(call, pool->num_threads());
   std::vector<Part> parts;
   const int64_t num_partials = make_parts(call, pool->num_threads(), units, parts);
   Partials partials;
@@ -229,20 +243,14 @@ void attend(Pool* pool, const Call& call) {
     partials.out.reset(new float[num_partials * call.cache.width()]);
   }
   const int64_t num_parts = static_cast<int64_t>(parts.size());
-  const int64_t run = std::min(num_parts / (8 * pool->num_threads()) + 1, kLongestRun);
-  const auto run_one = [&](int64_t i, int64_t next, RowState& state) {
-    const Unit& unit = units[parts[i].unit];
-    const Part& after = parts[std::min(next, num_parts - 1)];
-    run_part<Tile>(call, unit, parts[i], {&units[after.unit], after.first_segment * kTilesPerSegment}, partials, state);
-    if (unit.partials >= 0) return;
-    for (int64_t row = 0; row < unit.num_rows * call.group(); ++row)
-      finish_row(state.total[row], state.total_out + row * call.cache.width(), row_out(call, unit, row),
-                 call.cache.head_dim);
-  };
-  parallel_for(pool, num_tiles(num_parts, run), [&](int64_t task, int thread) {
+  parallel_for(pool, num_parts, [&](int64_t i, int thread) {
     RowState& state = *reinterpret_cast<RowState*>(pool->scratch(thread, sizeof(RowState)));
-    const int64_t stop = std::min(num_parts, (task + 1) * run);
-    for (int64_t i = task * run; i < stop; ++i) run_one(i, i + 1 < stop ? i + 1 : i + 1 + run * (pool->num_threads() - 1), state);
+    const Unit& unit = units[parts[i].unit];
+    const Part& after = parts[std::min(i + 1, num_parts - 1)];
+    run_part<Tile>(call, unit, parts[i], {&units[after.unit], after.first_segment * kTilesPerSegment, 0}, partials, state);
+    if (unit.partials >= 0) return;
+    for (int64_t row = 0; row < unit.rows(call.group()); ++row)
+      finish_row(state.total[row], state.total_out + row * call.cache.width(), row_out(call, unit, row), call.cache.head_dim);
   });
   if (num_partials == 0) return;
   parallel_for(pool, static_cast<int64_t>(units.size()), [&](int64_t i, int) {

@@ -83,7 +83,8 @@ OCTAVO_INLINE void dots_of(const Stretch* stretches, int num_stretches, int64_t 
     const int8_t *b = stretches[i].b, *ahead = stretches[i].ahead;
     for (int64_t p = stretches[i].pairs; p > 0; --p, a += 2, b += b_stride, ahead += b_stride) {
       __builtin_prefetch(ahead);
-      if constexpr (V > 2) __builtin_prefetch(ahead + 64);
+      if constexpr (kDotVectors > 2)
+        if (b_stride > 64) __builtin_prefetch(ahead + 64);
       const DotVector columns[] = {load_columns(b + Column * static_cast<int>(sizeof(DotVector) / 2))...};
       ((sums[Sum] =
             dot_pairs(sums[Sum], splat_pair(load_pair(a + Sum / kColumns * row_stride)), columns[Sum % kColumns])),

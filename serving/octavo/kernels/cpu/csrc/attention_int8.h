@@ -53,6 +53,7 @@ struct Int8Tile {
       all.low = std::min(all.low, state.span[first + r].low);
       all.high = std::max(all.high, state.span[first + r].high);
     }
+    fetch_rest(tile, all, cache);
     score<R>(queries(state) + first * cache.head_dim, tile, all, cache.head_dim, scores);
     for (int r = 0; r < R; ++r)
       sums[r] = weigh(scores + r * kTile, state.query_scale[first + r], tile, state.span[first + r],
@@ -64,44 +65,68 @@ struct Int8Tile {
   static const int8_t* bytes(const char* p) { return reinterpret_cast<const int8_t*>(p); }
   static int16_t* queries(RowState& state) { return reinterpret_cast<int16_t*>(state.query); }
 
+  // Columns beyond the span are left as they are.
   template <int R>
   static void score(const int16_t* q, const TileView& tile, Span all, int64_t head_dim, int32_t* scores) {
     for (int block = all.low / kBlock; block * kBlock < all.high; ++block) {
-      for (int n = 0; n < kBlock; n += kDotVectors * kLanes) {
+      const int columns = std::min(kBlock, all.high - block * kBlock);
+      for (int n = 0; n < columns; n += kDotVectors * kLanes) {
         const Stretch stretch = {q, bytes(tile.k[block]) + n * 2, bytes(tile.next_k[block]) + n * 2, head_dim / 2};
-        dots<R, kDotVectors>(&stretch, 1, head_dim, kBlock * 2, [&](int r, int v, DotInts sums) {
-          std::memcpy(scores + r * kTile + block * kBlock + n + v * kDotLanes, &sums, sizeof(sums));
+        const int64_t vectors = std::min<int64_t>(kDotVectors, num_tiles(columns - n, kLanes));
+        with_constant<kDotVectors>(vectors, [&](auto count) {
+          dots<R, decltype(count)::value>(&stretch, 1, head_dim, kBlock * 2, [&](int r, int v, DotInts sums) {
+            std::memcpy(scores + r * kTile + block * kBlock + n + v * kDotLanes, &sums, sizeof(sums));
+          });
         });
       }
     }
   }
 
   // Integer scores of a row → p15 [128] and its scale. Tokens outside the span count nothing, whatever their memory
-  // holds.
+  // holds; vectors that hold no other are left out.
   static Sum weigh(const int32_t* scores, float query_scale, const TileView& tile, Span span, int16_t* weights,
                    float* weight_scale) {
+    constexpr int kVectors = kTile / kLanes;
+    if (is_whole(span)) return weigh_vectors<true>(scores, query_scale, tile, span, 0, kVectors, weights, weight_scale);
+    std::memset(weights, 0, sizeof(int16_t) * kTile);
+    const int first = span.low / kLanes, last = static_cast<int>(num_tiles(span.high, kLanes));
+    return weigh_vectors<false>(scores, query_scale, tile, span, first, last, weights, weight_scale);
+  }
+
+  template <bool kWhole>
+  OCTAVO_INLINE static Sum weigh_vectors(const int32_t* scores, float query_scale, const TileView& tile, Span span, int first,
+                                         int last, int16_t* weights, float* weight_scale) {
     f32x16 s[kTile / kLanes];
-    const bool whole = is_whole(span);
-    for (int i = 0; i < kTile / kLanes; ++i) {
+    for (int i = first; i < last; ++i) {
       const f32x16 scale = load(tile.k_scale[i / 4] + i % 4 * kLanes) * query_scale;
       s[i] = to_float(load(scores + i * kLanes)) * scale;
-      if (!whole) s[i] = keep_inside(s[i], span, i, -INFINITY);
+      if (!kWhole) s[i] = keep_inside(s[i], span, i, -INFINITY);
     }
-    const Sum sum = softmax_tile(s);
+    const Sum sum = softmax_vectors(s, first, last);
     f32x16 top = {};
-    for (int i = 0; i < kTile / kLanes; ++i) {
+    for (int i = first; i < last; ++i) {
       s[i] = s[i] * load(tile.v_scale[i / 4] + i % 4 * kLanes);
-      if (!whole) s[i] = keep_inside(s[i], span, i, 0.0f);
+      if (!kWhole) s[i] = keep_inside(s[i], span, i, 0.0f);
       top = max(top, s[i]);
     }
     const float a = max_lanes(top);
     const float inverse = inverse_of(a, kTwoLimbs);
     *weight_scale = a / kTwoLimbs;
-    for (int i = 0; i < kTile / kLanes; ++i) {
+    for (int i = first; i < last; ++i) {
       const i16x16 p = to_int16(rint_int(s[i] * inverse));
       std::memcpy(weights + i * kLanes, &p, sizeof(p));
     }
     return sum;
+  }
+
+  // What `score` and `gather` leave unfetched of the next tile because this one is not whole.
+  static void fetch_rest(const TileView& tile, Span all, const CacheView& cache) {
+    if (is_whole(all)) return;
+    for (int block = 0; block < 2; ++block) {
+      for (int64_t at = 0; at < kBlock * cache.width(); at += 64) __builtin_prefetch(tile.next_v[block] + at);
+      if (all.low / kBlock <= block && block * kBlock < all.high) continue;
+      for (int64_t at = 0; at < kBlock * cache.head_dim; at += 64) __builtin_prefetch(tile.next_k[block] + at);
+    }
   }
 
   // p15 · V of the rows, into their segments.

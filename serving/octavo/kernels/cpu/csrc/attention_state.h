@@ -67,19 +67,21 @@ struct RowState {
   float query_scale[kUnitRows];                      // int8 cache: qs · softmax scale; float cache: softmax scale
 };
 
-// e, l and m of scores s[8] (already -inf where hidden). Σ e runs in 16 lanes over the eight vectors, then over the
-// lanes.
-OCTAVO_INLINE Sum softmax_tile(f32x16 (&s)[kTile / kLanes]) {
-  f32x16 top = s[0];
-  for (int i = 1; i < kTile / kLanes; ++i) top = max(top, s[i]);
+// e, l and m of the scores s[first, last) of a tile's eight vectors (already -inf where hidden). Σ e runs in 16 lanes over
+// the vectors, then over the lanes; vectors that are left out would add zeros.
+OCTAVO_INLINE Sum softmax_vectors(f32x16* s, int first, int last) {
+  f32x16 top = s[first];
+  for (int i = first + 1; i < last; ++i) top = max(top, s[i]);
   const float m = max_lanes(top);
   f32x16 total = {};
-  for (int i = 0; i < kTile / kLanes; ++i) {
+  for (int i = first; i < last; ++i) {
     s[i] = exp(s[i] - m);
-    total = i == 0 ? s[0] : total + s[i];
+    total = i == first ? s[i] : total + s[i];
   }
   return {m, sum_lanes(total)};
 }
+
+OCTAVO_INLINE Sum softmax_tile(f32x16 (&s)[kTile / kLanes]) { return softmax_vectors(s, 0, kTile / kLanes); }
 
 // Vector i of a tile with `other` in the lanes outside the span.
 OCTAVO_INLINE f32x16 keep_inside(f32x16 v, Span span, int i, float other) {

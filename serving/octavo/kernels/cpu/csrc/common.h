@@ -35,16 +35,29 @@ OCTAVO_INLINE i32x16 load(const int32_t* p) {
   return v;
 }
 
-// The first `count` (0 to 16) lanes; the others are zero.
-OCTAVO_INLINE f32x16 load_part(const float* p, int64_t count) {
-  f32x16 v = {};
-  std::memcpy(&v, p, sizeof(float) * static_cast<size_t>(count));
-  return v;
-}
-
 OCTAVO_INLINE void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof(v)); }
 OCTAVO_INLINE void store(int32_t* p, i32x16 v) { std::memcpy(p, &v, sizeof(v)); }
-OCTAVO_INLINE void store_part(float* p, f32x16 v, int64_t count) { std::memcpy(p, &v, sizeof(float) * static_cast<size_t>(count)); }
+
+// The first `count` (0 to 16) lanes; the others are zero.
+OCTAVO_INLINE f32x16 load_part(const float* p, int64_t count) {
+#ifdef __AVX512F__
+  return reinterpret_cast<f32x16>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
+#else
+  f32x16 v = {};
+  if (count == kLanes) return load(p);  // a copy of a size that is not known is a call
+  std::memcpy(&v, p, sizeof(float) * static_cast<size_t>(count));
+  return v;
+#endif
+}
+
+OCTAVO_INLINE void store_part(float* p, f32x16 v, int64_t count) {
+#ifdef __AVX512F__
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
+#else
+  if (count == kLanes) return store(p, v);
+  std::memcpy(p, &v, sizeof(float) * static_cast<size_t>(count));
+#endif
+}
 
 OCTAVO_INLINE f32x16 splat(float x) { return f32x16{} + x; }
 OCTAVO_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }

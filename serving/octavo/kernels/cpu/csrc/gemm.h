@@ -63,7 +63,8 @@ OCTAVO_INLINE void int8_tile(const uint8_t* x, int64_t x_stride, const int8_t* w
   i32x16 acc[R][C] = {};  // not __m512i: g++ would copy every sum to another register and back
   const int64_t turn = kOnce ? std::max(first, std::min(last, quads - kNear)) : last;
   for (int64_t quad = first; quad < last;) {
-    // Weights that pass once are fetched a little ahead, at the end of a panel from the next one; others long ahead.
+    // Weights that pass once are fetched a little ahead, at the end of a panel from the next one; others long ahead. More than
+    // one row leaves the first cache time for little but the rows: then into the second.
     const int64_t stop = quad < turn ? turn : last;
     const int8_t* fetch = kOnce ? (quad < turn ? w + (quad + kNear) * kQuadBytes : ahead.next + (quad + kNear - quads) * kQuadBytes)
                                 : ahead.next + quad * ahead.step;
@@ -72,7 +73,7 @@ OCTAVO_INLINE void int8_tile(const uint8_t* x, int64_t x_stride, const int8_t* w
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         b[c] = _mm512_load_si512(w + (c * quads + quad) * kQuadBytes);
-        if constexpr (kOnce) __builtin_prefetch(fetch + c * quads * kQuadBytes);
+        if constexpr (kOnce) __builtin_prefetch(fetch + c * quads * kQuadBytes, 0, R > 1 ? 2 : 3);
       }
       if constexpr (!kOnce) __builtin_prefetch(fetch, 0, 2);
       fetch += kOnce ? kQuadBytes : ahead.step;

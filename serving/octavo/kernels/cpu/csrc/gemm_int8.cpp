@@ -159,7 +159,7 @@ void multiply(Pool* pool, const Product& p) {
     const int64_t row_block = task / columns, panel = task % columns * width;
     const int64_t first = tokens * row_block / row_blocks * p.w->limbs;
     const int64_t last = tokens * (row_block + 1) / row_blocks * p.w->limbs;
-    const int64_t next = std::min(panel + width * pool->num_threads(), panels - width);
+    const int64_t next = std::min(panel + width, panels - width);
     multiply_block(p, {first, last, panel, std::min(width, panels - panel), p.w->packed + std::max<int64_t>(next, 0) * panel_bytes});
   });
 }

@@ -103,7 +103,20 @@ void write(const Call& call, int64_t slot, int64_t head, const float* k, const f
   }
 }
 
+// The lines that an int8 row will be written to are asked for while its queries are rotated: one per pair of head_dim.
+void fetch_slot(const Call& call, int64_t slot) {
+  const CacheView& cache = call.cache;
+  const int64_t block = slot / kBlock, token = slot % kBlock;
+  for (int64_t head = 0; head < cache.kv_heads; ++head) {
+    const char* k = cache.k_block(block, head) + token * 2;
+    const char* v = cache.v_block(block, head) + token / 2 * cache.width() * 2;
+    for (int64_t d = 0; d < cache.head_dim; d += 2) __builtin_prefetch(k + d * kBlock, 1);
+    for (int64_t at = 0; at < cache.width() * 2; at += 64) __builtin_prefetch(v + at, 1);
+  }
+}
+
 void run_row(const Call& call, int64_t row) {
+  if (call.cache.type == kInt8) fetch_slot(call, call.slots[row]);
   const int64_t head_dim = call.cache.head_dim, kv_heads = call.cache.kv_heads;
   alignas(64) float normed[kMaxHeadDim], k[kMaxHeadDim + kLanes] = {}, v[kMaxHeadDim + kLanes] = {};
   const float* angles = call.cos_sin + call.positions[row] * call.rotary_dim;

@@ -61,129 +61,84 @@ void scale(float* z, int64_t size, float temperature) {
   }
 }
 
-// Inverse CDF over the whole row: chunk by chunk, then within the chunk.
-int64_t draw_from_all(const float* z, int64_t size, float top, double u, double* sums) {
-  double total = 0.0;
-  for (int64_t chunk = 0; chunk * kChunk < size; ++chunk) {
-    sums[chunk] = exp_sum_chunk(z + chunk * kChunk, std::min(kChunk, size - chunk * kChunk), top);
-    total += sums[chunk];
-  }
-  const double target = u * total;
-  double before = 0.0, e[kChunk];
-  int64_t last = 0;
-  for (int64_t chunk = 0; chunk * kChunk < size; ++chunk) {
-    if (sums[chunk] <= 0.0) continue;
-    const int64_t first = chunk * kChunk, count = std::min(kChunk, size - first);
-    if (before + sums[chunk] > target || first + count == size) {
-      exp_terms(z + first, count, top, e);
-      double sum = before;
-      for (int64_t i = 0; i < count; ++i) {
-        if (e[i] == 0.0) continue;
-        last = first + i;
-        sum += e[i];
-        if (sum > target) return last;
-      }
-    } else {
-      last = first;
-    }
-    before += sums[chunk];
-  }
-  return last;
-}
-
-// Tokens that may still be drawn, ascending ids.
-struct Kept {
-  int32_t* ids;
-  float* z;
-  double* e;
-  int64_t count;
-};
-
-void gather(const float* z, int64_t size, float bound, int64_t ties, Kept& kept) {
-  kept.count = 0;
-  for_above(z, size, bound, [&](int64_t id) {
-    if (z[id] == bound && ties-- <= 0) return true;
-    kept.ids[kept.count] = static_cast<int32_t>(id);
-    kept.z[kept.count++] = z[id];
-    return true;
-  });
-}
-
-// A bound that no token needed by `row` lies below: (1 − top_p) of the whole shared by all tokens is the least that
-// counts.
-float lowest_needed(int64_t size, float top, float top_p, float min_p, double total) {
-  double least = 0.0;
-  if (top_p < 1.0f) least = (1.0 - static_cast<double>(top_p)) * total / static_cast<double>(size);
-  least = std::max(least, static_cast<double>(min_p)) * 0.999;
-  const double bound = static_cast<double>(top) + std::log(std::min(least, 1.0)) - 1e-6;
-  return std::nextafterf(static_cast<float>(bound), -INFINITY);
-}
-
-void keep_prefix(Kept& kept, float top, double target, const CutSpace& space) {
-  const Cut cut = find_cut(kept.z, kept.e, kept.count, top, target, space);
-  int64_t count = 0, ties = cut.ties;
-  for (int64_t i = 0; i < kept.count; ++i) {
-    if (kept.z[i] < cut.z || (kept.z[i] == cut.z && ties-- <= 0)) continue;
-    kept.ids[count] = kept.ids[i];
-    kept.e[count++] = kept.e[i];
-  }
-  kept.count = count;
-}
-
-int64_t draw(const Kept& kept, double min_e, double u) {
-  double total = 0.0, sum = 0.0;
-  int64_t last = kept.ids[0];
-  for (int64_t i = 0; i < kept.count; ++i)
-    if (kept.e[i] >= min_e) total += kept.e[i];
-  for (int64_t i = 0; i < kept.count; ++i) {
-    if (!(kept.e[i] >= min_e) || kept.e[i] == 0.0) continue;
-    sum += kept.e[i];
-    last = kept.ids[i];
-    if (sum > u * total) break;
-  }
-  return last;
-}
-
+// Where a row's exponentials are worked on.
 struct Space {
-  Kept kept;
-  CutSpace cut;
+  double* e;          // [size]: exp(z - top), 0 for tokens that are out
+  double* sums;       // [chunks] of e
+  Weighted* entries;  // [size]
 
-  static size_t bytes(int64_t size) { return static_cast<size_t>(kBuckets * 8 + size * (16 + 8 + 4 + 4) + 4096); }
+  static int64_t chunks(int64_t size) { return num_tiles(size, kChunk); }
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size * 24 + chunks(size) * 8); }
 
   Space(char* memory, int64_t size) {
-    cut.sums = reinterpret_cast<double*>(memory);
-    cut.entries = reinterpret_cast<Weighted*>(cut.sums + kBuckets);
-    kept.e = reinterpret_cast<double*>(cut.entries + size);
-    kept.z = reinterpret_cast<float*>(kept.e + size);
-    kept.ids = reinterpret_cast<int32_t*>(kept.z + size);
-    kept.count = 0;
+    e = reinterpret_cast<double*>(memory);
+    sums = e + size;
+    entries = reinterpret_cast<Weighted*>(sums + chunks(size));
   }
 };
 
-int64_t sample_row(const Rows& rows, int64_t row, float* z, int64_t size, Space space) {
+double sum_chunks(const Space& space, int64_t size) {
+  double total = 0.0;
+  for (int64_t chunk = 0; chunk * kChunk < size; ++chunk) {
+    space.sums[chunk] = sum_chunk(space.e + chunk * kChunk, std::min(kChunk, size - chunk * kChunk));
+    total += space.sums[chunk];
+  }
+  return total;
+}
+
+// Inverse CDF: chunk by chunk, then within the chunk.
+int64_t draw(const Space& space, int64_t size, double u, double total) {
+  const double target = u * total;
+  double before = 0.0;
+  int64_t last = 0;
+  for (int64_t first = 0; first < size; first += kChunk) {
+    const double weight = space.sums[first / kChunk];
+    const int64_t stop = std::min(size, first + kChunk);
+    if (weight <= 0.0) continue;
+    double sum = before;
+    for (int64_t i = first; i < stop && before + weight > target; ++i) {
+      if (space.e[i] == 0.0) continue;
+      sum += space.e[i];
+      last = i;
+      if (sum > target) return i;
+    }
+    before += weight;
+  }
+  // Rounding of the sums alone leads here: the last token that may be drawn.
+  for (int64_t i = size; i-- > last;)
+    if (space.e[i] > 0.0) return i;
+  return last;
+}
+
+// How far below the top a token may lie that the shortest prefix of weight top_p · total holds: all tokens of less than
+// (1 - top_p) / size of the whole together weigh less than what may be left out.
+double depth_of(float top_p, double total, int64_t size) {
+  const double least = (1.0 - static_cast<double>(top_p)) * total / static_cast<double>(size) * 0.999;
+  return 1e-6 - std::log(std::min(least, 1.0));
+}
+
+constexpr double kDeepest = 709.0;  // exponentials are 0 beyond
+
+int64_t sample_row(const Rows& rows, int64_t row, float* z, int64_t size, const Space& space) {
   penalize(rows, row, size, z);
   const float highest = row_max(z, size), temperature = rows.temperature[row];
   if (highest == -INFINITY) return 0;
   const float top = highest / temperature;
   if (temperature <= 0.0f || !std::isfinite(top)) return argmax(z, size, highest);
   scale(z, size, temperature);
-  const double u = uniform(rows.seed[row], rows.position[row]);
+  exp_terms(z, size, top, space.e);
   const float top_p = std::max(rows.top_p[row], 0.0f), min_p = std::min(std::max(rows.min_p[row], 0.0f), 1.0f);
-  const bool few = rows.top_k[row] > 0 && rows.top_k[row] < size;
-  if (!few && top_p >= 1.0f && min_p <= 0.0f) return draw_from_all(z, size, top, u, space.kept.e);
-  double total = 0.0;
-  Kept& kept = space.kept;
-  if (few) {
-    const Cut cut = find_cut(z, nullptr, size, top, static_cast<double>(rows.top_k[row]), space.cut);
-    gather(z, size, cut.z, cut.ties, kept);
-  } else {
-    if (top_p < 1.0f) total = exp_sum(z, size, top);
-    gather(z, size, lowest_needed(size, top, top_p, min_p, total), size, kept);
+  const int32_t top_k = rows.top_k[row];
+  if (top_k > 0 && top_k < size)
+    apply_cut(find_cut<true>(z, space.e, size, kDeepest, top_k, space.entries), z, size, space.e);
+  if (top_p < 1.0f) {
+    const double total = sum_chunks(space, size), target = std::max(static_cast<double>(top_p) * total, 1e-300);
+    apply_cut(find_cut<false>(z, space.e, size, depth_of(top_p, total, size), target, space.entries), z, size, space.e);
   }
-  exp_terms(kept.z, kept.count, top, kept.e);
-  for (int64_t i = 0; few && i < kept.count; ++i) total += kept.e[i];
-  if (top_p < 1.0f) keep_prefix(kept, top, std::max(static_cast<double>(top_p) * total, 1e-300), space.cut);
-  return draw(kept, static_cast<double>(min_p), u);
+  if (min_p > 0.0f)
+    for (int64_t i = 0; i < size; ++i) space.e[i] = space.e[i] >= static_cast<double>(min_p) ? space.e[i] : 0.0;
+  const double total = sum_chunks(space, size);
+  return draw(space, size, uniform(rows.seed[row], rows.position[row]), total);
 }
 
 // The num_top largest, ties by lower id: a later one must be larger to enter.

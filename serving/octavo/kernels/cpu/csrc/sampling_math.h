@@ -20,6 +20,10 @@ OCTAVO_INLINE Wide wide_fma(Wide a, Wide b, Wide c) { return _mm512_fmadd_pd(a, 
 OCTAVO_INLINE Wide wide_keep(Wide v, Wide x, Wide bound) {
   return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, bound, _CMP_GT_OQ), v);
 }
+// sum + v where x > bound
+OCTAVO_INLINE Wide wide_add_above(Wide sum, Wide v, Wide x, Wide bound) {
+  return _mm512_mask_add_pd(sum, _mm512_cmp_pd_mask(x, bound, _CMP_GT_OQ), sum, v);
+}
 // v · 2^n, n given as the low bits of a double with a large exponent
 OCTAVO_INLINE Wide wide_scale(Wide v, Wide n) {
   return _mm512_castsi512_pd(
@@ -27,6 +31,10 @@ OCTAVO_INLINE Wide wide_scale(Wide v, Wide n) {
 }
 OCTAVO_INLINE uint32_t lanes_above(const float* p, float bound) {  // lanes i with p[i] >= bound
   return _mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_set1_ps(bound), _CMP_GE_OQ);
+}
+OCTAVO_INLINE uint32_t lanes_within(const double* p, double low, double high) {  // lanes i with low < p[i] <= high
+  const __m512d v = _mm512_loadu_pd(p);
+  return _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(v, wide(low), _CMP_GT_OQ), v, wide(high), _CMP_LE_OQ);
 }
 #else
 typedef __m256d Wide;
@@ -37,6 +45,7 @@ OCTAVO_INLINE Wide wide_fma(Wide a, Wide b, Wide c) { return _mm256_fmadd_pd(a, 
 OCTAVO_INLINE Wide wide_keep(Wide v, Wide x, Wide bound) {
   return _mm256_and_pd(v, _mm256_cmp_pd(x, bound, _CMP_GT_OQ));
 }
+OCTAVO_INLINE Wide wide_add_above(Wide sum, Wide v, Wide x, Wide bound) { return sum + wide_keep(v, x, bound); }
 OCTAVO_INLINE Wide wide_scale(Wide v, Wide n) {
   return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(v), _mm256_slli_epi64(_mm256_castpd_si256(n), 52)));
 }
@@ -45,6 +54,11 @@ OCTAVO_INLINE uint32_t lanes_above(const float* p, float bound) {
   const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(p), b, _CMP_GE_OQ));
   const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(p + 8), b, _CMP_GE_OQ));
   return static_cast<uint32_t>(low | high << 8);
+}
+OCTAVO_INLINE uint32_t lanes_within(const double* p, double low, double high) {
+  const __m256d v = _mm256_loadu_pd(p);
+  const __m256d inside = _mm256_and_pd(_mm256_cmp_pd(v, wide(low), _CMP_GT_OQ), _mm256_cmp_pd(v, wide(high), _CMP_LE_OQ));
+  return static_cast<uint32_t>(_mm256_movemask_pd(inside));
 }
 #endif
 
@@ -86,12 +100,15 @@ inline void exp_terms(const float* z, int64_t count, float top, double* e) {
   std::memcpy(e + i, &v, sizeof(double) * static_cast<size_t>(count - i));
 }
 
-constexpr int64_t kChunk = 512;  // logits whose terms are summed together
+constexpr int64_t kChunk = 512;  // terms that are summed together
 
-// Σ exp(z − top) of one chunk, in four vectors of lanes, always the same way.
-inline double exp_sum_chunk(const float* z, int64_t count, float top) {
-  double e[kChunk] = {};
-  exp_terms(z, count, top, e);
+// Σ e of one chunk, in four vectors of lanes, always the same way.
+inline double sum_chunk(const double* e, int64_t count) {
+  double padded[kChunk];
+  if (count < kChunk) {
+    std::fill_n(std::copy_n(e, count, padded), kChunk - count, 0.0);
+    e = padded;
+  }
   Wide sums[4] = {wide(0.0), wide(0.0), wide(0.0), wide(0.0)};
   for (int64_t i = 0; i < kChunk; i += 4 * kWide) {
     for (int j = 0; j < 4; ++j) {
@@ -105,6 +122,13 @@ inline double exp_sum_chunk(const float* z, int64_t count, float top) {
   std::memcpy(lanes, &sum, sizeof(sum));
   for (double lane : lanes) total += lane;
   return total;
+}
+
+// Σ exp(z − top) of one chunk.
+inline double exp_sum_chunk(const float* z, int64_t count, float top) {
+  double e[kChunk];
+  exp_terms(z, count, top, e);
+  return sum_chunk(e, count);
 }
 
 inline double exp_sum(const float* z, int64_t count, float top) {

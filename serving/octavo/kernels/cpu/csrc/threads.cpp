@@ -25,7 +25,7 @@ long futex(std::atomic<uint32_t>* word, int operation, uint32_t value) {
 
 }  // namespace
 
-Pool::Pool(int num_threads) : num_threads_(num_threads), process_(getpid()), scratch_(num_threads) {
+Pool::Pool(int num_threads) : num_threads_(num_threads), process_(getpid()), scratch_(num_threads), tiles_(new Tiles[num_threads]) {
   for (int thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread] { work(thread); });
   }
@@ -48,8 +48,10 @@ void Pool::run(int64_t num_tiles, Body body, void* context) {
   }
   body_ = body;
   context_ = context;
-  num_tiles_ = num_tiles;
-  next_.store(0, std::memory_order_relaxed);
+  for (int64_t thread = 0; thread < num_threads_; ++thread) {
+    const uint64_t first = num_tiles * thread / num_threads_, end = num_tiles * (thread + 1) / num_threads_;
+    tiles_[thread].left.store(end << 32 | first, std::memory_order_relaxed);
+  }
   state_.store(kOpen, std::memory_order_release);
   epoch_.fetch_add(1);
   if (sleepers_.load() > 0) futex(&epoch_, FUTEX_WAKE, INT_MAX);
@@ -63,10 +65,22 @@ void Pool::run(int64_t num_tiles, Body body, void* context) {
 }
 
 void Pool::drain(int thread) {
+  int64_t tile;
+  while (take(thread, false, &tile)) body_(context_, tile, thread);
+  for (int other = 1; other < num_threads_; ++other)
+    while (take((thread + other) % num_threads_, true, &tile)) body_(context_, tile, thread);
+}
+
+// The first or last tile that is left of a thread's run.
+bool Pool::take(int from, bool last, int64_t* tile) {
+  std::atomic<uint64_t>& run = tiles_[from].left;
+  uint64_t left = run.load(std::memory_order_relaxed);
   for (;;) {
-    int64_t tile = next_.fetch_add(1, std::memory_order_relaxed);
-    if (tile >= num_tiles_) return;
-    body_(context_, tile, thread);
+    const uint64_t first = left & 0xffffffff, end = left >> 32;
+    if (first == end) return false;
+    *tile = static_cast<int64_t>(last ? end - 1 : first);
+    const uint64_t rest = last ? (end - 1) << 32 | first : end << 32 | (first + 1);
+    if (run.compare_exchange_weak(left, rest, std::memory_order_relaxed)) return true;
   }
 }
 

@@ -1,4 +1,5 @@
-// A small thread pool: tiles are handed out by an atomic counter, so a stalled core delays one tile, not a static share.
+// A small thread pool. Every thread owns a run of neighbouring tiles, so that it knows what it will read next; one that is
+// done takes tiles from the far end of another's, so a stalled core delays one tile, not a static share.
 // One thread at a time calls `run`; it works too. Workers spin briefly between calls, then sleep on a futex.
 // Which thread computes a tile never changes a result: bodies write disjoint outputs. Threads are not pinned: a worker bound to
 // the processor that its caller happens to run on would wait for it, and measured equal at best.
@@ -7,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -36,8 +38,14 @@ class Pool {
  private:
   void work(int thread);
   void drain(int thread);
+  bool take(int from, bool last, int64_t* tile);
   bool enter();
   uint32_t wait_for_job(uint32_t seen);
+
+  // Tiles that are left of a thread's run: first in the low half, end in the high half.
+  struct alignas(64) Tiles {
+    std::atomic<uint64_t> left{0};
+  };
 
   struct Scratch {
     char* data = nullptr;
@@ -48,11 +56,10 @@ class Pool {
   int process_;
   std::vector<std::thread> workers_;
   std::vector<Scratch> scratch_;
+  std::unique_ptr<Tiles[]> tiles_;
   Body body_ = nullptr;
   void* context_ = nullptr;
-  int64_t num_tiles_ = 0;
   std::atomic<bool> stopping_{false};
-  alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> state_{0};  // kOpen while tiles may be taken, plus the number of workers inside
   alignas(64) std::atomic<uint32_t> epoch_{0};  // changes with every job; workers sleep on it
   alignas(64) std::atomic<uint32_t> sleepers_{0};

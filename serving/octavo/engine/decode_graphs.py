@@ -1,0 +1,145 @@
+"""Decode steps as recorded work: one capture for each size of batch and of table, replayed on fixed memory.
+
+Used by the GPU runner's worker thread. A step in which every sequence computes one token and samples is filled up with
+rows that write to a block nobody reads; their results are thrown away, and rows do not influence each other.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.engine.device_queue import Body, DeviceQueue
+from octavo.engine.staging import Staging
+from octavo.kernels.interface import BLOCK, BatchLayout, LayerCache
+from octavo.models.batch import ForwardBatch
+from octavo.models.decoder import Decoder
+
+SMALL_TABLE = 16  # blocks: the narrowest table, 1024 tokens
+
+
+def batch_buckets(batch_size: int) -> list[int]:
+    """Sizes that are captured: 1, 2, 4, then multiples of 8, of 16 from 64 on, up to the batch size."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, batch_size + 1, 16)]
+    return sorted({size for size in sizes if size < batch_size} | {batch_size})
+
+
+def table_buckets(max_blocks: int) -> list[int]:
+    """Widths of tables: four times wider each. The widest sequence fits the last one."""
+    widths = [SMALL_TABLE]
+    while widths[-1] < max_blocks:
+        widths.append(4 * widths[-1])
+    return [*widths[:-1], max(max_blocks, SMALL_TABLE)] if len(widths) > 1 else widths
+
+
+@dataclass(frozen=True)
+class Spare:
+    """What rows that fill up a batch point at."""
+
+    block: int  # of every layer's cache; never handed out
+    slot: int  # of last_token; likewise
+
+
+def resolve(token_ids: Tensor, last_token: Tensor) -> Tensor:
+    """Ids [M] int64 in which -1 - slot stands for the token sampled last in that slot."""
+    return torch.where(token_ids < 0, last_token[(-1 - token_ids).clamp(min=0)], token_ids)
+
+
+class DecodeGraphs:
+    """Captures by (rows, blocks of a table); made on first use or by `prepare`."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        caches: Sequence[LayerCache],
+        queue: DeviceQueue,
+        *,
+        last_token: Tensor,  # [num_slots + 1] int64, the last one spare
+        spare: Spare,
+        batch_size: int,
+        max_blocks: int,
+    ) -> None:
+        self._model = model
+        self._caches = caches
+        self._queue = queue
+        self._last_token = last_token
+        self._spare = spare
+        self._batches = batch_buckets(batch_size)
+        self._tables = table_buckets(max_blocks)
+        self._replays: dict[tuple[int, int], Body] = {}
+        self._staging = Staging(queue, num_bytes=self._staging_bytes())
+        self._logits = torch.zeros(batch_size, model.head.out_features, dtype=torch.float32, device=queue.device)
+
+    def prepare(self, report: Callable[[float], None], *, max_table: int = 4 * SMALL_TABLE) -> None:
+        """Capture all batches over tables of up to `max_table` blocks, the largest first: the others fit its memory."""
+        widths = [width for width in self._tables if width <= max_table] or self._tables[:1]
+        keys = [(rows, width) for width in reversed(widths) for rows in reversed(self._batches)]
+        for done, (rows, width) in enumerate(keys):
+            report(done / len(keys))
+            self._replay(rows, width, self._staged(_filling(rows, width, self._spare)))
+
+    def run(self, batch: ForwardBatch) -> Tensor:
+        """Logits [B, V] float32 of a decode step given on the host, ids as in `resolve`; good until the next run."""
+        count = len(batch.token_ids)
+        rows = self._batches[bisect_left(self._batches, count)]
+        width = self._tables[bisect_left(self._tables, batch.layout.block_tables.shape[1])]
+        arrays = _filling(rows, width, self._spare)
+        _fill(arrays, batch)
+        self._replay(rows, width, self._staged(arrays))
+        return self._logits[:count]
+
+    def _staged(self, arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
+        return self._staging.put(arrays)
+
+    def _replay(self, rows: int, width: int, tensors: dict[str, Tensor]) -> None:
+        """Run the capture over the staged memory, whose addresses follow from rows and width."""
+        replay = self._replays.get((rows, width))
+        if replay is not None:
+            replay()
+            return
+        self._replays[rows, width] = self._queue.capture(lambda: self._body(tensors, rows=rows, width=width))
+
+    def _body(self, tensors: dict[str, Tensor], *, rows: int, width: int) -> None:
+        layout = BatchLayout(
+            **{name: tensors[name] for name in LAYOUT_NAMES}, max_query_len=1, max_seq_len=width * BLOCK
+        )
+        token_ids = resolve(tensors["token_ids"], self._last_token)
+        hidden = self._model.hidden(ForwardBatch(token_ids, layout, tensors["logits_rows"]), self._caches)
+        self._logits[:rows].copy_(self._model.logits(hidden))
+
+    def _staging_bytes(self) -> int:
+        arrays = _filling(self._batches[-1], self._tables[-1], self._spare)
+        return sum(-(-array.nbytes // 256) * 256 for array in arrays.values())
+
+
+LAYOUT_NAMES = ("query_start", "seq_lens", "block_tables", "positions", "slot_mapping")
+
+
+def _filling(rows: int, width: int, spare: Spare) -> dict[str, NDArray[Any]]:
+    """A step of nothing but spare rows: each a sequence of one token in the spare block."""
+    return {
+        "token_ids": np.full(rows, -1 - spare.slot, dtype=np.int64),
+        "logits_rows": np.arange(rows, dtype=np.int64),
+        "query_start": np.arange(rows + 1, dtype=np.int32),
+        "seq_lens": np.ones(rows, dtype=np.int32),
+        "positions": np.zeros(rows, dtype=np.int32),
+        "slot_mapping": np.full(rows, spare.block * BLOCK, dtype=np.int32),
+        "block_tables": np.full((rows, width), spare.block, dtype=np.int32),
+    }
+
+
+def _fill(arrays: dict[str, NDArray[Any]], batch: ForwardBatch) -> None:
+    """The step's sequences in the first rows."""
+    count, layout = len(batch.token_ids), batch.layout
+    arrays["token_ids"][:count] = batch.token_ids.numpy()
+    for name in ("seq_lens", "positions", "slot_mapping"):
+        arrays[name][:count] = getattr(layout, name).numpy()
+    tables = layout.block_tables.numpy()
+    arrays["block_tables"][:count, : tables.shape[1]] = tables

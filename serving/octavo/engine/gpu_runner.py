@@ -1,0 +1,157 @@
+"""Plans in, results out on a GPU: the device is never waited for while there is a next step to give it.
+
+One worker thread. For each plan it queues the forward pass, then takes in the tokens of the step before (which have
+arrived by then, or arrive while the device computes), then queues sampling, which may need those tokens: penalties
+count them. Only without a next plan does it wait for the device. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from octavo.engine.device_queue import DeviceQueue
+from octavo.engine.gpu_steps import GpuSteps, Queued
+from octavo.engine.interface import RunnerError
+from octavo.kernels.interface import LayerCache
+from octavo.models.decoder import Decoder
+from octavo.protocol.messages import EngineInfo
+from octavo.scheduling.plan import StepPlan, StepResult
+
+LOG = logging.getLogger(__name__)
+POLL_SECONDS = 0.0001  # how often a worker without a next plan looks whether the last step is done
+ADVICE = "out of device memory: lower MAX_NUM_BATCHED_TOKENS, BATCH_SIZE or KV_MEMORY_FRACTION"
+
+
+class DeviceLost(Exception):
+    """The device refuses all further work of this process. The engine ends with it and is started again."""
+
+
+class GpuRunner:
+    """A `Runner` with one worker thread over one device."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        caches: Sequence[LayerCache],
+        info: EngineInfo,
+        make_queue: Callable[[], DeviceQueue],
+        *,
+        longest: int,  # tokens of the longest sequence
+        clock: Callable[[], float] = time.monotonic,
+        report: Callable[[float], None] | None = None,
+    ) -> None:
+        """Every cache has one block more than `info.num_blocks`. Decode steps are recorded here if `report` is given.
+
+        Raises what making them raises.
+        """
+        self.info = info
+        self._clock = clock
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
+        self._closing = False  # of the worker: no plan will come
+        made: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                device = make_queue()
+                with torch.inference_mode(), device.entered():
+                    steps = GpuSteps(model, caches, info, device, longest=longest)
+                    if report is not None:
+                        steps.prepare(report)
+            except Exception as error:  # this constructor's caller gets it
+                made.put(error)
+                return
+            made.put(None)
+            with torch.inference_mode(), device.entered():
+                self._work(steps)
+
+        self._worker = threading.Thread(target=work, name="octavo-runner", daemon=True)
+        self._worker.start()
+        error = made.get()
+        if error is not None:
+            raise error
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a plan and return at once."""
+        self._plans.put(plan)
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest submitted plan. Raises RunnerError if its step failed, DeviceLost if all will."""
+        result = self._results.get()
+        if isinstance(result, DeviceLost):
+            raise result
+        if isinstance(result, Exception):
+            raise RunnerError(f"{type(result).__name__}: {result}") from result
+        return result
+
+    def close(self) -> None:
+        """Stop the worker after the plans under way."""
+        self._plans.put(None)
+        self._worker.join()
+
+    def _work(self, steps: GpuSteps) -> None:
+        before: Queued | None = None  # whose result is not out yet
+        while True:
+            plan = self._next_plan(before)
+            queued = None if plan is None else self._forward(steps, plan)
+            if before is not None:
+                self._results.put(self._finish(steps, before))
+            sampled = self._sample(steps, queued) if isinstance(queued, Queued) else queued
+            before = sampled if isinstance(sampled, Queued) else None
+            if isinstance(sampled, Exception):
+                self._results.put(sampled)
+            if plan is None and self._closing:
+                return
+
+    def _next_plan(self, before: Queued | None) -> StepPlan | None:
+        """The next plan; None if `before` is done first, or if there will be none."""
+        while True:
+            try:
+                plan = self._plans.get() if before is None else self._plans.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                assert before is not None
+                if before.arrived():
+                    return None
+                continue
+            self._closing = plan is None
+            return plan
+
+    # ---- the three parts of a step; what fails becomes its result
+
+    def _forward(self, steps: GpuSteps, plan: StepPlan) -> Queued | Exception:
+        try:
+            return steps.forward(plan, self._clock())
+        except Exception as error:  # the engine loop's edge: it reaches the loop through `collect`
+            return failure(error)
+
+    def _sample(self, steps: GpuSteps, queued: Queued) -> Queued | Exception:
+        try:
+            return steps.sample(queued)
+        except Exception as error:  # as above
+            return failure(error)
+
+    def _finish(self, steps: GpuSteps, queued: Queued) -> StepResult | Exception:
+        try:
+            result = steps.finish(queued)
+        except Exception as error:  # as above
+            return failure(error)
+        result.seconds = self._clock() - queued.started
+        return result
+
+
+def failure(error: Exception) -> Exception:
+    """What `collect` makes of an error: advice if memory ran out, DeviceLost if nothing will work any more."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        LOG.error("%s (%s)", ADVICE, str(error).splitlines()[0])
+        return RuntimeError(ADVICE)
+    LOG.error("a step failed", exc_info=error)
+    kinds = getattr(torch, "AcceleratorError", ())  # after a failed kernel CUDA refuses everything
+    lost = (kinds and isinstance(error, kinds)) or "CUDA error" in str(error)
+    return DeviceLost(str(error)) if lost else error

@@ -1,0 +1,223 @@
+"""The GPU runner's own logic, without a card: reference kernels on a queue that does everything at once.
+
+Whatever it fills up, stages, replays or takes over from the device must leave the tokens of the plain runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine_runner.plans import Driver, params, step
+from models.tiny_checkpoints import VOCAB
+from octavo.engine.core import EngineCore, make_scheduler
+from octavo.engine.decode_graphs import batch_buckets, table_buckets
+from octavo.engine.device_queue import Body, ImmediateQueue
+from octavo.engine.gpu_runner import ADVICE, DeviceLost, GpuRunner
+from octavo.engine.interface import Runner, RunnerError
+from octavo.engine.kv_cache import cache_specs, make_caches
+from octavo.engine.load import load_runner
+from octavo.kernels.interface import Kernels
+from octavo.kernels.reference import ReferenceKernels
+from octavo.models.config import load_config
+from octavo.models.decoder import Decoder
+from octavo.models.loader import LoadOptions, load_decoder
+from octavo.parallel.group import make_group
+from octavo.protocol.messages import SamplingParams, SequenceOutput, Submit
+from octavo.quantization.formats.reader import ReaderInputs
+from octavo.quantization.formats.source import TensorSource
+from octavo.scheduling.plan import StepPlan
+from octavo.settings import Settings
+
+CPU = torch.device("cpu")
+LONGEST = 384
+PROMPT = torch.randint(3, VOCAB, (70,), generator=torch.Generator().manual_seed(8)).tolist()
+
+
+class CountingQueue(ImmediateQueue):
+    """Counts what was recorded and how often it ran again."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.captures = 0
+        self.replays = 0
+
+    def capture(self, body: Body) -> Body:
+        self.captures += 1
+        body()
+
+        def replay() -> None:
+            self.replays += 1
+            body()
+
+        return replay
+
+
+@pytest.fixture
+def plain(tiny_folder: Path) -> Iterator[Runner]:
+    environ = {
+        "MODEL_DIR": str(tiny_folder), "MAX_SEQ_LEN": "256", "MAX_DEC_LEN": "128", "BATCH_SIZE": "6",
+        "KERNELS": "reference", "NUM_THREADS": "1",
+    }  # fmt: skip
+    runner = load_runner(Settings.from_environ(environ), lambda stage, fraction: None)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def device_queue() -> CountingQueue:
+    return CountingQueue()
+
+
+@pytest.fixture
+def runner(tiny_folder: Path, plain: Runner, device_queue: CountingQueue) -> Iterator[GpuRunner]:
+    """The same model and cache size as `plain`."""
+    made = make_runner(load_model(tiny_folder, ReferenceKernels()), plain, device_queue)
+    yield made
+    made.close()
+
+
+def load_model(folder: Path, kernels: Kernels) -> Decoder:
+    config = load_config(folder)
+    inputs = ReaderInputs(
+        source=TensorSource(folder),
+        quantization=config.quantization,
+        weight_quant=Settings.from_environ({}).weight_quant,
+    )
+    options = LoadOptions(max_positions=LONGEST + 1, int8_cache=True)
+    return load_decoder(config, inputs, kernels, make_group(1), options=options, progress=lambda *_: None)
+
+
+def make_runner(model: Decoder, plain: Runner, queue: CountingQueue) -> GpuRunner:
+    specs = cache_specs(model.config, model.cache_schemes, dtype=torch.int8, device=CPU)
+    caches = make_caches(model.kernels, specs, plain.info.num_blocks + 1)
+    return GpuRunner(model, caches, plain.info, lambda: queue, longest=LONGEST, report=None)
+
+
+def generate(runner: Runner, requests: list[Submit]) -> dict[int, list[SequenceOutput]]:
+    """All outputs of requests that come one after the other, two turns apart, through the real scheduler."""
+    scheduler = make_scheduler(runner.info, max_num_batched_tokens=48, prefix_cache=True)
+    core = EngineCore(scheduler, runner, clock=lambda: 0.0)
+    outputs: dict[int, list[SequenceOutput]] = {request.seq_id: [] for request in requests}
+    waiting = list(requests)
+    turn = 0
+    while waiting or core.has_work:
+        if waiting and turn % 2 == 0:
+            request = waiting.pop(0)
+            for output in core.add(request):
+                outputs[output.seq_id].append(output)
+        for output in core.turn():
+            outputs[output.seq_id].append(output)
+        turn += 1
+    return outputs
+
+
+def mixed_requests() -> list[Submit]:
+    kinds = [
+        SamplingParams(max_tokens=20, temperature=0.0),
+        SamplingParams(max_tokens=17, temperature=1.0, top_p=0.9, seed=7, repetition_penalty=1.3),
+        SamplingParams(max_tokens=9, temperature=0.8, top_k=5, seed=2**64 - 3, logprobs=2, min_tokens=9),
+        SamplingParams(max_tokens=12, temperature=0.0, prompt_logprobs=1, logprobs=0),
+        SamplingParams(max_tokens=25, temperature=1.2, seed=11, frequency_penalty=0.5, presence_penalty=0.2),
+        SamplingParams(max_tokens=30, temperature=0.0, logit_bias={5: 4.0, 9: -3.0}, min_tokens=5, end_token_ids=(5,)),
+        SamplingParams(max_tokens=1, temperature=0.0),
+        SamplingParams(max_tokens=16, temperature=0.5, seed=3),
+    ]
+    return [Submit(i, PROMPT[: 10 + 7 * i], kind) for i, kind in enumerate(kinds)]
+
+
+def test_tokens_are_those_of_the_plain_runner(runner: GpuRunner, plain: Runner) -> None:
+    mine, theirs = generate(runner, mixed_requests()), generate(plain, mixed_requests())
+    assert mine == theirs
+    assert all(outputs[-1].finish_reason for outputs in mine.values())
+
+
+def test_a_step_behind_takes_its_token_from_the_device(runner: GpuRunner, plain: Runner) -> None:
+    wanted = params(temperature=1.0, seed=5, repetition_penalty=1.2)
+    tokens = Driver(runner, slot=2).run(PROMPT, wanted, count=24)
+    assert tokens == Driver(plain, slot=2).run(PROMPT, wanted, count=24)
+    assert len(set(tokens)) > 5
+
+
+def test_decode_steps_are_recorded_once_for_each_size(runner: GpuRunner, device_queue: CountingQueue) -> None:
+    Driver(runner).run(PROMPT, params(), count=20)
+    assert (device_queue.captures, device_queue.replays) == (1, 18)  # the prompt's step ran by operations
+    Driver(runner, slot=1).run(PROMPT, params(), count=5)
+    assert device_queue.captures == 1
+
+
+def test_rows_that_fill_up_a_batch_change_nothing(
+    runner: GpuRunner, plain: Runner, device_queue: CountingQueue
+) -> None:
+    """Three sequences run in the recording for four."""
+    found = []
+    for each in (runner, plain):
+        each.submit(StepPlan(1, [step(s, PROMPT[s:], params=params(), history=PROMPT[s:]) for s in (0, 1, 2)]))
+        first = [entry.token_id for entry in each.collect().sampled if entry is not None]
+        later = [
+            step(s, [token], params=params(), start=len(PROMPT) - s, prompt_len=len(PROMPT) - s, num_outputs=1)
+            for s, token in zip((0, 1, 2), first)
+        ]
+        each.submit(StepPlan(2, later))
+        found.append([entry.token_id for entry in each.collect().sampled if entry is not None])
+    assert found[0] == found[1]
+    assert device_queue.captures == 1
+
+
+def test_all_sizes_can_be_recorded_beforehand(tiny_folder: Path, plain: Runner) -> None:
+    queue, shares = CountingQueue(), []
+    model = load_model(tiny_folder, ReferenceKernels())
+    caches = make_caches(
+        model.kernels,
+        cache_specs(model.config, model.cache_schemes, dtype=torch.int8, device=CPU),
+        plain.info.num_blocks + 1,
+    )
+    runner = GpuRunner(model, caches, plain.info, lambda: queue, longest=LONGEST, report=shares.append)
+    recorded = queue.captures
+    assert recorded == len(batch_buckets(6)) * len(table_buckets(7)) == len(shares)
+    Driver(runner).run(PROMPT, params(), count=6)
+    assert queue.captures == recorded
+    runner.close()
+
+
+def test_a_failed_step_is_one_error_and_the_next_works(
+    runner: GpuRunner, plain: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Driver(plain).run(PROMPT, params(), count=3)
+    for error, kind, text in (
+        (ValueError("bad"), RunnerError, "bad"),
+        (torch.OutOfMemoryError("2 GiB"), RunnerError, ADVICE),
+        (RuntimeError("CUDA error: an illegal memory access"), DeviceLost, "illegal"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(ReferenceKernels, "sample", failing(error))
+            with pytest.raises(kind, match=text):
+                Driver(runner).run(PROMPT, params(), count=1)
+    assert Driver(runner).run(PROMPT, params(), count=3) == expected
+
+
+def failing(error: Exception) -> object:
+    def sample(*_: object) -> None:
+        raise error
+
+    return sample
+
+
+def test_making_it_reports_what_went_wrong(tiny_folder: Path, plain: Runner) -> None:
+    def no_device() -> ImmediateQueue:
+        raise RuntimeError("no such device")
+
+    with pytest.raises(RuntimeError, match="no such device"):
+        GpuRunner(load_model(tiny_folder, ReferenceKernels()), [], plain.info, no_device, longest=LONGEST)
+
+
+def test_buckets_cover_every_batch_and_length() -> None:
+    assert batch_buckets(1) == [1]
+    assert batch_buckets(6) == [1, 2, 4, 6]
+    assert batch_buckets(100)[-4:] == [64, 80, 96, 100]
+    assert table_buckets(7) == [16]
+    assert table_buckets(17) == [16, 17]
+    assert table_buckets(2049) == [16, 64, 256, 1024, 2049]
