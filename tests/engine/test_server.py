@@ -234,6 +234,7 @@ def test_a_waiting_sequence_is_aborted_without_a_step(run):
     peer.send(submit(1, max_tokens=1))
     assert entered.wait(SECONDS)
     peer.send(submit(2), Abort([2]))
+    time.sleep(0.3)  # both must be there when the loop looks again; the link delivers them behind our back
     release.set()
     outputs = peer.outputs_until_finished(1, 2)
     assert (outputs[2][0].token_ids, outputs[2][0].finish_reason) == ([], "cancelled")
