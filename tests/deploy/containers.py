@@ -176,6 +176,14 @@ class Container:
         os.kill(self.init, signal.SIGTERM)
         return self.process.wait(timeout=100)
 
+    def kill(self) -> None:
+        """End process 1, and with it all others of its namespace: the change of user undid unshare's --kill-child."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, IndexError, FileNotFoundError):
+                os.kill(self.init, signal.SIGKILL)
+            self.process.kill()
+        self.process.wait()
+
 
 @contextlib.contextmanager
 def running(
@@ -205,9 +213,9 @@ def running(
     assert process.stdout is not None
     reader = threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True)
     reader.start()
+    container = Container(process, ports, lines)
     try:
-        yield Container(process, ports, lines)
+        yield container
     finally:
-        process.kill()
-        process.wait()
+        container.kill()
         reader.join(10)

@@ -16,8 +16,8 @@ from models.tiny_checkpoints import VOCAB
 from octavo.engine.core import EngineCore, make_scheduler
 from octavo.engine.decode_graphs import batch_buckets, table_buckets
 from octavo.engine.device_queue import Body, ImmediateQueue
-from octavo.engine.gpu_runner import ADVICE, DeviceLost, GpuRunner
-from octavo.engine.interface import Runner, RunnerError
+from octavo.engine.gpu_runner import ADVICE, GpuRunner
+from octavo.engine.interface import DeviceLost, Runner, RunnerError
 from octavo.engine.kv_cache import cache_specs, make_caches
 from octavo.engine.load import load_runner
 from octavo.kernels.interface import Kernels

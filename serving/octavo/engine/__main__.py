@@ -59,7 +59,7 @@ def _run_locked(settings: Settings, stop: Stop) -> int:
     try:
         link = Link(port=settings.infer_queue_port)
     except zmq.ZMQError as error:
-        reason = os.strerror(error.errno)
+        reason = os.strerror(error.errno or errno.EIO)
         taken = error.errno == errno.EADDRINUSE
         code = EXIT_PORT_IN_USE if taken else EXIT_BAD_SETTINGS
         return _complain(f"INFER_QUEUE_PORT={settings.infer_queue_port}: {reason}", code)

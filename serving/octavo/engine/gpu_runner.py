@@ -17,7 +17,8 @@ import torch
 
 from octavo.engine.device_queue import DeviceQueue
 from octavo.engine.gpu_steps import GpuSteps, Queued
-from octavo.engine.interface import RunnerError
+from octavo.engine.interface import DeviceLost
+from octavo.engine.plan_queues import PlanQueues
 from octavo.kernels.interface import LayerCache
 from octavo.models.decoder import Decoder
 from octavo.protocol.messages import EngineInfo
@@ -28,11 +29,7 @@ POLL_SECONDS = 0.0001  # how often a worker without a next plan looks whether th
 ADVICE = "out of device memory: lower MAX_NUM_BATCHED_TOKENS, BATCH_SIZE or KV_MEMORY_FRACTION"
 
 
-class DeviceLost(Exception):
-    """The device refuses all further work of this process. The engine ends with it and is started again."""
-
-
-class GpuRunner:
+class GpuRunner(PlanQueues):
     """A `Runner` with one worker thread over one device."""
 
     def __init__(
@@ -50,10 +47,8 @@ class GpuRunner:
 
         Raises what making them raises.
         """
-        self.info = info
+        super().__init__(info)
         self._clock = clock
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
         self._closing = False  # of the worker: no plan will come
         made: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
@@ -76,24 +71,6 @@ class GpuRunner:
         error = made.get()
         if error is not None:
             raise error
-
-    def submit(self, plan: StepPlan) -> None:
-        """Queue a plan and return at once."""
-        self._plans.put(plan)
-
-    def collect(self) -> StepResult:
-        """Wait for the oldest submitted plan. Raises RunnerError if its step failed, DeviceLost if all will."""
-        result = self._results.get()
-        if isinstance(result, DeviceLost):
-            raise result
-        if isinstance(result, Exception):
-            raise RunnerError(f"{type(result).__name__}: {result}") from result
-        return result
-
-    def close(self) -> None:
-        """Stop the worker after the plans under way."""
-        self._plans.put(None)
-        self._worker.join()
 
     def _work(self, steps: GpuSteps) -> None:
         before: Queued | None = None  # whose result is not out yet

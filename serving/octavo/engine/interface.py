@@ -12,6 +12,10 @@ class RunnerError(RuntimeError):
     """A step failed as a whole; the runner stays usable."""
 
 
+class DeviceLost(Exception):
+    """The device refuses all further work of this process. The engine ends with it and is started again."""
+
+
 class Runner(Protocol):
     """Computes plans in order. At most two are under way: one running, one waiting behind it."""
 

@@ -8,7 +8,6 @@ requests.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo.engine.drawn import accept, logprob_entries, rows_of, spread
-from octavo.engine.interface import RunnerError
+from octavo.engine.plan_queues import PlanQueues
 from octavo.engine.sampler import SlotStates
 from octavo.engine.step_tensors import BlockTables, forward_batch, prompt_rows
 from octavo.kernels.interface import LayerCache
@@ -31,7 +30,7 @@ LOGPROB_ROWS = 64  # prompt rows whose logits are in memory at once
 WARMUP_TOKENS = 256
 
 
-class CpuRunner:
+class CpuRunner(PlanQueues):
     """A `Runner` with one worker thread."""
 
     def __init__(
@@ -43,29 +42,11 @@ class CpuRunner:
         torch_threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.info = info
+        super().__init__(info)
         self._step = _Step(model, caches, SlotStates(info.batch_size))
         self._clock = clock
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, args=(torch_threads,), name="octavo-runner", daemon=True)
         self._worker.start()
-
-    def submit(self, plan: StepPlan) -> None:
-        """Queue a plan and return at once."""
-        self._plans.put(plan)
-
-    def collect(self) -> StepResult:
-        """Wait for the oldest submitted plan. Raises RunnerError if its step failed."""
-        result = self._results.get()
-        if isinstance(result, Exception):
-            raise RunnerError(f"{type(result).__name__}: {result}") from result
-        return result
-
-    def close(self) -> None:
-        """Stop the worker after the plans under way."""
-        self._plans.put(None)
-        self._worker.join()
 
     def _work(self, torch_threads: int | None) -> None:
         if torch_threads is not None:

@@ -1,0 +1,39 @@
+"""Plans to a runner's worker thread and results back: what the engine's loop sees of every runner."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+from octavo.engine.interface import DeviceLost, RunnerError
+from octavo.protocol.messages import EngineInfo
+from octavo.scheduling.plan import StepPlan, StepResult
+
+
+class PlanQueues:
+    """The loop's side of a `Runner`. Who inherits starts `_worker`, which takes plans until None comes."""
+
+    _worker: threading.Thread
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.info = info
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a plan and return at once."""
+        self._plans.put(plan)
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest submitted plan. Raises RunnerError if its step failed, DeviceLost if all will."""
+        result = self._results.get()
+        if isinstance(result, DeviceLost):
+            raise result
+        if isinstance(result, Exception):
+            raise RunnerError(f"{type(result).__name__}: {result}") from result
+        return result
+
+    def close(self) -> None:
+        """Stop the worker after the plans under way."""
+        self._plans.put(None)
+        self._worker.join()
