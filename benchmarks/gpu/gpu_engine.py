@@ -34,7 +34,7 @@ class Engine:
         settings = with_overrides(
             {
                 "model_dir": str(folder), "device": "cuda", "batch_size": batch_size, "max_seq_len": longest,
-                "max_dec_len": 1024, "prefix_cache": prefix_cache,
+                "max_dec_len": 1024, "prefix_cache": prefix_cache, "use_warmup": True,
             }
         )  # fmt: skip
         began = time.perf_counter()

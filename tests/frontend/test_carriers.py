@@ -248,3 +248,52 @@ def test_finalize_lets_carriers_go(house: House) -> None:
     assert orders.stream.whole(1)[-1]["error_code"] == 503
     assert orders.stream.num_finals == 1
     assert orders.stream.last_word is not None, "a receiver that is still there would wait for ever"
+
+
+def test_a_body_too_large_is_refused_to_its_own_request(house: House) -> None:
+    house.ready(rate=2000.0)
+    orders = Orders(house)
+    orders.run(1, max_dec_len=100)
+    orders.run(2, text="y" * house.settings.max_body_bytes)
+    wait_for(lambda: orders.stream.has_ended(2) and orders.stream.has_ended(1))
+    assert orders.stream.whole(2)[-1]["error_code"] == 413
+    assert orders.stream.whole(1)[-1]["tokens_all_num"] == 100
+    assert not orders.stream.num_finals
+    assert orders.inboxes[-1].sent == [(b"", True)]
+
+
+def test_a_name_that_is_taken_is_not_opened_again(house: House) -> None:
+    house.ready(rate=2000.0)
+    orders, other = Orders(house), Orders(house)
+    assert (other.stream.num_finals, other.stream.last_word and other.stream.last_word["error_code"]) == (1, 503)
+    orders.run(1, max_dec_len=5)
+    wait_for(lambda: orders.stream.has_ended(1))
+
+
+def test_carriers_are_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carriers, "MAX_CARRIERS", 3)
+    opened = [Orders(house, name=f"c{number}") for number in range(5)]
+    assert [each.stream.num_finals for each in opened] == [0, 0, 0, 1, 1]
+
+
+class Broken(Stream):
+    """Fails in a way that nobody foresaw."""
+
+    def send(self, payload: bytes, final: bool) -> None:
+        if payload and not payload.startswith(b"{"):
+            raise RuntimeError("no room")
+        super().send(payload, final)
+
+
+def test_a_stream_that_fails_otherwise_harms_no_other(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.ready(rate=2000.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(__name__ + ".Stream", Broken)
+        bad = Orders(house, name="bad")
+    good = Orders(house)
+    bad.run(1, max_dec_len=5)
+    good.run(2, max_dec_len=30)
+    wait_for(lambda: good.stream.has_ended(2) and bad.stream.num_finals == 1)
+    assert good.stream.whole(2)[-1]["tokens_all_num"] == 30
+    assert bad.stream.last_word is not None
+    assert bad.stream.last_word["error_code"] == 503

@@ -11,10 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
 CHECKS = ["check_products.py", "check_rows.py", "check_attention.py", "check_sampling.py", "check_model.py"]
+
+
+pytestmark = pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="triton-lang 3.6 interprets with numpy below 2.4 only"
+)
 
 
 def run(check: str, selection: str) -> None:

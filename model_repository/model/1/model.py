@@ -59,7 +59,6 @@ class ResponseSink:
             else:
                 self._sender.send(flags=flags)
         except pb_utils.TritonModelException as error:
-            self._sender = None
             raise SinkClosed(str(error)) from None
 
     def cancelled(self) -> bool:

@@ -49,6 +49,7 @@ class GpuRunner(PlanQueues):
         """
         super().__init__(info)
         self._clock = clock
+        self._last_end = 0.0  # of the last step that finished
         self._closing = False  # of the worker: no plan will come
         made: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
@@ -63,8 +64,12 @@ class GpuRunner(PlanQueues):
                 made.put(error)
                 return
             made.put(None)
-            with torch.inference_mode(), device.entered():
-                self._work(steps)
+            try:
+                with torch.inference_mode(), device.entered():
+                    self._work(steps)
+            except Exception as error:  # else `collect` would wait for ever: even asking a lost device raises
+                LOG.exception("the runner's worker ended")
+                self._results.put(DeviceLost(str(error)))
 
         self._worker = threading.Thread(target=work, name="octavo-runner", daemon=True)
         self._worker.start()
@@ -77,10 +82,11 @@ class GpuRunner(PlanQueues):
         while True:
             plan = self._next_plan(before)
             queued = None if plan is None else self._forward(steps, plan)
-            if before is not None:
-                self._results.put(self._finish(steps, before))
+            finished = None if before is None else self._finish(steps, before)
             sampled = self._sample(steps, queued) if isinstance(queued, Queued) else queued
             before = sampled if isinstance(sampled, Queued) else None
+            if finished is not None:  # only now: the loop takes the interpreter lock to work on it
+                self._results.put(finished)
             if isinstance(sampled, Exception):
                 self._results.put(sampled)
             if plan is None and self._closing:
@@ -118,17 +124,19 @@ class GpuRunner(PlanQueues):
             result = steps.finish(queued)
         except Exception as error:  # as above
             return failure(error)
-        result.seconds = self._clock() - queued.started
+        now = self._clock()  # a step that was queued early began when the one before ended
+        result.seconds, self._last_end = now - max(queued.started, self._last_end), now
         return result
 
 
 def failure(error: Exception) -> Exception:
     """What `collect` makes of an error: advice if memory ran out, DeviceLost if nothing will work any more."""
-    if isinstance(error, torch.OutOfMemoryError):
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
         torch.cuda.empty_cache()
         LOG.error("%s (%s)", ADVICE, str(error).splitlines()[0])
         return RuntimeError(ADVICE)
     LOG.error("a step failed", exc_info=error)
     kinds = getattr(torch, "AcceleratorError", ())  # after a failed kernel CUDA refuses everything
-    lost = (kinds and isinstance(error, kinds)) or "CUDA error" in str(error)
-    return DeviceLost(str(error)) if lost else error
+    lost = (kinds and isinstance(error, kinds)) or "CUDA error" in text or "Triton Error [CUDA]" in text
+    return DeviceLost(text) if lost else error

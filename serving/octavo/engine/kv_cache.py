@@ -79,7 +79,9 @@ def workspace_bytes(config: ModelConfig, *, rows: int, batch_size: int, longest:
     activations = rows * (4 * config.hidden_size + 2 * wide) * 4
     logits = 3 * batch_size * config.vocab_size * 4
     segments = math.ceil(longest / SEGMENT)
-    partials = batch_size * config.num_heads * segments * (config.head_dim + 2) * 4
+    heads_sharing = 1 << (config.num_heads // config.num_kv_heads - 1).bit_length()
+    copies = max(1, 8 // heads_sharing) + 1  # query rows that attention takes by segments; the recorded steps' own
+    partials = copies * batch_size * config.num_heads * segments * (config.head_dim + 2) * 4
     return activations + logits + partials + 512 * MIB  # and compiled kernels, small buffers, fragments
 
 
@@ -91,6 +93,7 @@ def make_caches(kernels: Kernels, specs: Sequence[CacheSpec], num_blocks: int) -
 def available_memory(device: torch.device) -> int:
     """Free bytes where the cache will be."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left behind is free
         return torch.cuda.mem_get_info(device)[0]
     return available_host_memory()
 

@@ -42,6 +42,7 @@ from octavo.settings import Settings
 
 LOG = logging.getLogger(__name__)
 WARMUP_TOKENS = 256
+CARD_WARMUP_TOKENS = (16, 32, 64, 256)  # each has tiles of its own, which are compiled at their first use
 
 
 def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], float] = time.monotonic) -> Runner:
@@ -72,9 +73,11 @@ def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], f
         raise OutOfDeviceMemory(str(error)) from error
     progress("cache", 0.0)
     runner = _make_runner(settings, model, progress, started=started, clock=clock)
-    if settings.use_warmup:
+    on_card = model.kernels.device.type == "cuda"
+    if settings.use_warmup or on_card:
         progress("warmup", 0.0)
-        warm_up(runner, num_tokens=min(WARMUP_TOKENS, longest - 1))
+        for count in CARD_WARMUP_TOKENS if on_card else (WARMUP_TOKENS,):
+            warm_up(runner, num_tokens=min(count, longest - 1))
     progress("ready", 1.0)
     return runner
 
@@ -103,6 +106,9 @@ def warm_up(runner: Runner, *, num_tokens: int) -> None:
 
 
 def _device(settings: Settings) -> torch.device:
+    """`auto` is a card if there is one, unless kernels for processors are asked for by name."""
+    if settings.device == "auto" and settings.kernels in ("auto", "gpu") and torch.cuda.is_available():
+        return torch.device("cuda")
     return torch.device("cuda" if settings.device == "cuda" else "cpu")
 
 
@@ -144,7 +150,7 @@ def _gpu_runner(
         lambda: CudaQueue(model.kernels.device),
         longest=longest_sequence(settings, context_length=model.config.context_length),
         clock=clock,
-        report=(lambda fraction: progress("recording", fraction)) if settings.use_warmup else None,
+        report=lambda fraction: progress("recording", fraction),
     )
 
 

@@ -72,9 +72,10 @@ class Registry:
             self._by_req_id[state.req_id] = state
             self._requests[id(state)] = state
             self.num_accepted += 1
-            used = self._usage.of(request.key)
-            used.requests += 1
-            used.prompt_tokens += len(state.prompt_ids)
+            if not request.resume_inside:  # it was counted when it came
+                used = self._usage.of(request.key)
+                used.requests += 1
+                used.prompt_tokens += len(state.prompt_ids)
             for sequence in open_sequences:
                 self._enter(state, sequence)
             if len(open_sequences) < len(state.sequences):

@@ -8,6 +8,7 @@ sending. Knows nothing of what the messages say.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
@@ -18,7 +19,10 @@ from octavo.protocol.answers import encode_error
 from octavo.protocol.carrier import MAX_WHOLE_BYTES, Carried, Order, carried_encoder, order_decoder
 from octavo.protocol.errors import InternalError, Unavailable
 
+log = logging.getLogger(__name__)
+
 CHECK_SECONDS = 0.5
+MAX_CARRIERS = 256  # far more than the workers of a gateway and what they have replaced
 _LOST = encode_error(Unavailable("the carrier is closed"), None)
 _LEFT = "nobody waits for this request"
 BATCH_BYTES = 1 << 20  # of whole messages in one response
@@ -62,6 +66,9 @@ class Carrier:
                     self._sink.send(self._encode(batch), False)
                 except SinkClosed:
                     self._close(_LOST)
+                except Exception:  # the edge of the thread: this carrier's requests go on elsewhere, others as they are
+                    log.exception("a carrier failed")
+                    self._close(_LOST)
         return len({message.tag for message in messages})
 
     def end(self, *, last: bytes = b"") -> None:
@@ -79,9 +86,14 @@ class Carrier:
         with self._lock:
             closed, self.closed = self.closed, True
             self._pending = []
-        if not closed:
-            with contextlib.suppress(SinkClosed):
-                self._sink.send(last, True)
+        if closed:
+            return
+        try:
+            self._sink.send(last, True)
+        except SinkClosed:
+            pass
+        except Exception:  # as in `flush`
+            log.exception("a carrier's last message failed")
 
 
 def _batches(messages: list[Carried]) -> Iterator[list[Carried]]:
@@ -143,9 +155,12 @@ class Carriers:
         """Follow an order; False if it is none. Execute thread only."""
         try:
             order = self._decode(raw)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             return False
         if order.op == "open":
+            if order.carrier in self._carriers or len(self._carriers) >= MAX_CARRIERS:
+                self._answer(sink, _LOST)
+                return True
             self._carriers[order.carrier] = Carrier(sink, wake=self._wake)
             return True
         carrier = self._carriers.get(order.carrier)
@@ -154,7 +169,7 @@ class Carriers:
             return True
         self._answer(sink, b"")
         if order.op == "end":
-            del self._carriers[order.carrier]
+            self._carriers.pop(order.carrier, None)  # the sweeper may have found its receiver gone
             carrier.end()
         else:
             self._on_request(carrier, order, triton_id)

@@ -106,7 +106,7 @@ class Delivery:
         except Exception:
             error = self._internal(state)
             if not state.done:
-                self._fail_quietly(state, error)
+                self._fail(state, error)
 
     def _advance(self, state: RequestState, outputs: list[tuple[SequenceState, SequenceOutput]],
                  verdict: OctavoError | None) -> None:
@@ -228,17 +228,14 @@ class Delivery:
         self._metrics.errors[error.status] += 1
         self._metrics.requests[state.request.dialect, error.status] += 1
         reporting.finished(state, error=error, now=self._clock())
-        state.sink.send(encode_error(error, state.req_id), True)
-
-    def _fail_quietly(self, state: RequestState, error: OctavoError) -> None:
-        try:
-            self._fail(state, error)
-        except SinkClosed:
-            self._end_unheard(state)
+        with contextlib.suppress(SinkClosed):
+            state.sink.send(encode_error(error, state.req_id), True)
 
     def _end_unheard(self, state: RequestState) -> None:
         """The receiver is gone: nothing can be sent, all else is as after a cancellation."""
-        if not state.done:
+        if state.done:  # released for a last message that nobody took
+            reporting.finished(state, error=Cancelled("the receiver is gone"), now=self._clock())
+        else:
             self._registry.release(state)
             self._metrics.finishes["cancelled"] += 1
             self._metrics.requests[state.request.dialect, Cancelled.status] += 1

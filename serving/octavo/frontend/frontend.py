@@ -77,16 +77,17 @@ class FrontEnd:
     def submit(self, body: bytes | str, triton_id: str, sink: Sink) -> None:
         """Take one body. Never blocks for long and never raises; the answer goes to `sink`."""
         raw = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
-        if len(raw) > self._settings.max_body_bytes:
-            message = f"the request ({len(raw)} bytes) exceeds MAX_BODY_BYTES ({self._settings.max_body_bytes})"
-            self._intake.refuse(sink, BodyTooLarge(message), triton_id or None)
-        elif raw.startswith(ORDER_PREFIX) and self._carriers.follow(raw, triton_id, sink):
-            pass
+        if raw.startswith(ORDER_PREFIX) and self._carriers.follow(raw, triton_id, sink):
+            pass  # a body that is too large is refused to its own request, not to the stream
         elif len(raw) > QUICK_BYTES or b'"op"' not in raw or not self._answered(raw, triton_id, sink):
             self._arrive(raw, triton_id, sink)
 
     def _arrive(self, raw: bytes, triton_id: str, sink: Sink) -> None:
-        self._inbox.put(Arrival(raw, triton_id, sink, self._clock()))
+        if len(raw) > self._settings.max_body_bytes:
+            message = f"the request ({len(raw)} bytes) exceeds MAX_BODY_BYTES ({self._settings.max_body_bytes})"
+            self._intake.refuse(sink, BodyTooLarge(message), triton_id or None)
+        else:
+            self._inbox.put(Arrival(raw, triton_id, sink, self._clock()))
 
     def _wake_up(self, sink: CarriedSink) -> None:
         """A carried request is read again, or nobody waits for it any more."""

@@ -7,12 +7,15 @@ the same turns.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from octavo.frontend.admission import Registry
 from octavo.frontend.state import RequestState
 from octavo.protocol.errors import Cancelled, RequestTimeout
+
+log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.05
 CHECK_SECONDS = 0.5
@@ -39,7 +42,10 @@ class Sweeper:
 
     def _run(self) -> None:
         while not self._closing.wait(TURN_SECONDS):
-            self.sweep()
+            try:
+                self.sweep()
+            except Exception:  # the edge of this thread: deadlines and cancellations must go on
+                log.exception("a turn of the sweeper failed")
 
     def sweep(self) -> None:
         """Look at every deadline and at the sinks whose turn it is."""

@@ -8,6 +8,7 @@ end. A stream that breaks fails every mailbox. Knows nothing of HTTP or of what 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import msgspec
 from octavo.gateway.triton import Lost, failure_of, infer_request, payload_of
 from octavo.protocol.carrier import Carried, Order, carried_decoder
 from octavo.protocol.errors import OctavoError, RequestTimeout
+
+log = logging.getLogger(__name__)
 
 FULL_BYTES = 64 << 10  # in a mailbox, until its request is paused
 ENTRY_BYTES = 128  # what a message takes besides its text
@@ -170,6 +173,9 @@ class Carrier:
                 await self._ordered.wait()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
             pass  # the stream is over; the reader learns why
+        except Exception:  # the edge of this task: whoever waits must hear
+            log.exception("orders cannot be written")
+            self._fail(Lost("orders cannot be written", refused=False))
 
     async def _read_all(self) -> None:
         try:
@@ -185,6 +191,9 @@ class Carrier:
             self._fail(lost)
         except msgspec.MsgspecError:  # the front end has no such carrier, or does not know what one is
             self._fail(Lost("the stream is not carried on", refused=True, reached=True))
+        except Exception:  # the edge of this task: whoever waits must hear
+            log.exception("the stream cannot be read")
+            self._fail(Lost("the stream cannot be read", refused=False))
         finally:
             self._writing.cancel()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import ssl
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -29,7 +30,6 @@ PROBE_SECONDS = 60.0  # the first token after a start may be slow
 STATES = ("starting", "loading", "ready", "draining", "down")
 
 PROBE: dict[str, object] = {
-    "req_id": "octavo-ready",
     "input_ids": [0],
     "max_dec_len": 1,
     "temperature": 0,
@@ -219,7 +219,8 @@ class Monitor:
 
     async def _token(self) -> bool:
         try:
-            await self._upstream.ask(PROBE, seconds=PROBE_SECONDS)
+            req_id = f"octavo-ready-{secrets.token_hex(8)}"  # no client can hold it
+            await self._upstream.ask({**PROBE, "req_id": req_id}, seconds=PROBE_SECONDS)
         except QueueFull:
             pass  # an answer: the server is busy with real requests
         except OctavoError as error:
