@@ -14,9 +14,10 @@ pytest.importorskip("msgspec")
 from octavo.engine.core import EngineCore, default_budget, make_scheduler
 from octavo.engine.decode_graphs import DecodeGraphs
 from octavo.engine.gpu_runner import GpuRunner
-from octavo.engine.gpu_steps import GpuSteps
+from octavo.engine.gpu_steps import GpuSteps, Queued
 from octavo.engine.interface import Runner
 from octavo.protocol.messages import SamplingParams, Submit
+from octavo.scheduling.plan import StepPlan
 from octavo.settings import with_overrides
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
@@ -114,22 +115,16 @@ def test_a_step_that_does_not_fit_is_one_error_and_the_next_one_works(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = generate(runner, requests(2))
-    real = type(runner)._forward  # type: ignore[attr-defined]
+    real = GpuSteps.forward
     failed: list[bool] = []
 
-    def too_large(self: object, steps: object, plan: object) -> object:
+    def too_large(self: GpuSteps, plan: StepPlan, now: float) -> Queued:
         if not failed:
             failed.append(True)
-            monkeypatch.setattr(type(runner), "_forward", real)
-            from octavo.engine.gpu_runner import failure
+            torch.empty(1 << 46, dtype=torch.uint8, device="cuda")
+        return real(self, plan, now)
 
-            try:
-                torch.empty(1 << 46, dtype=torch.uint8, device="cuda")
-            except torch.OutOfMemoryError as error:
-                return failure(error)
-        return real(self, steps, plan)
-
-    monkeypatch.setattr(type(runner), "_forward", too_large)
+    monkeypatch.setattr(GpuSteps, "forward", too_large)
     core = EngineCore(make_scheduler(runner.info, max_num_batched_tokens=64, prefix_cache=False), runner, lambda: 0.0)
     core.add(requests(1)[0])
     errors = []

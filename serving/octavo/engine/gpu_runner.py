@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ from octavo.scheduling.plan import StepPlan, StepResult
 
 LOG = logging.getLogger(__name__)
 POLL_SECONDS = 0.0001  # how often a worker without a next plan looks whether the last step is done
+Result = TypeVar("Result")
 ADVICE = "out of device memory: lower MAX_NUM_BATCHED_TOKENS, BATCH_SIZE or KV_MEMORY_FRACTION"
 
 
@@ -81,9 +83,9 @@ class GpuRunner(PlanQueues):
         before: Queued | None = None  # whose result is not out yet
         while True:
             plan = self._next_plan(before)
-            queued = None if plan is None else self._forward(steps, plan)
-            finished = None if before is None else self._finish(steps, before)
-            sampled = self._sample(steps, queued) if isinstance(queued, Queued) else queued
+            queued = None if plan is None else attempt(steps.forward, plan, self._clock())
+            finished = None if before is None else attempt(self._finish, steps, before)
+            sampled = attempt(steps.sample, queued) if isinstance(queued, Queued) else queued
             before = sampled if isinstance(sampled, Queued) else None
             if finished is not None:  # only now: the loop takes the interpreter lock to work on it
                 self._results.put(finished)
@@ -105,28 +107,19 @@ class GpuRunner(PlanQueues):
             self._closing = plan is None
             return plan
 
-    # ---- the three parts of a step; what fails becomes its result
-
-    def _forward(self, steps: GpuSteps, plan: StepPlan) -> Queued | Exception:
-        try:
-            return steps.forward(plan, self._clock())
-        except Exception as error:  # the engine loop's edge: it reaches the loop through `collect`
-            return failure(error)
-
-    def _sample(self, steps: GpuSteps, queued: Queued) -> Queued | Exception:
-        try:
-            return steps.sample(queued)
-        except Exception as error:  # as above
-            return failure(error)
-
-    def _finish(self, steps: GpuSteps, queued: Queued) -> StepResult | Exception:
-        try:
-            result = steps.finish(queued)
-        except Exception as error:  # as above
-            return failure(error)
+    def _finish(self, steps: GpuSteps, queued: Queued) -> StepResult:
+        result = steps.finish(queued)
         now = self._clock()  # a step that was queued early began when the one before ended
         result.seconds, self._last_end = now - max(queued.started, self._last_end), now
         return result
+
+
+def attempt(part: Callable[..., Result], *arguments: object) -> Result | Exception:
+    """A part of a step, or why it failed: that becomes the step's result."""
+    try:
+        return part(*arguments)
+    except Exception as error:  # the engine loop's edge: it reaches the loop through `collect`
+        return failure(error)
 
 
 def failure(error: Exception) -> Exception:

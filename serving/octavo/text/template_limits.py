@@ -192,11 +192,12 @@ def _wide(form: str) -> bool:
 
 
 def _filters(budget: Budget) -> dict[str, Callable[..., Any]]:
-    """Filters that could build much, each with its price; and the two that the environment itself puts in."""
+    """All filters that have a price."""
+    return _text_filters(budget) | _list_filters(budget)
 
-    @jinja2.pass_context  # which also keeps jinja2 from folding them at compile time
-    def spend(context: Any, iterable: Iterable[Any]) -> Collection[Any]:
-        return budget.spend(iterable)
+
+def _text_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
+    """Those that could build much text; and the one that the environment itself puts in."""
 
     @jinja2.pass_context
     def as_text(context: Any, value: Any) -> str:
@@ -225,14 +226,6 @@ def _filters(budget: Budget) -> dict[str, Callable[..., Any]]:
         budget.build(len(str(value)) + _weight([args, kwargs], {}))
         return filters.do_format(str(value), *args, **kwargs)
 
-    def batch(value: Iterable[Any], linecount: int, fill_with: Any = None) -> Any:
-        budget.build(linecount)
-        return filters.do_batch(budget.spend(value), linecount, fill_with)
-
-    def slices(value: Iterable[Any], slices: int, fill_with: Any = None) -> Any:
-        budget.step(slices)
-        return filters.sync_do_slice(budget.spend(value), slices, fill_with)
-
     def tojson(
         value: Any,
         ensure_ascii: bool = False,
@@ -248,19 +241,33 @@ def _filters(budget: Budget) -> dict[str, Callable[..., Any]]:
     def text_of(value: Any) -> str:
         return value if isinstance(value, str) else budget.text(value)
 
-    def items_of(value: Iterable[Any]) -> list[Any]:
-        return list(budget.spend(value))
-
     return {
-        "spend": spend,
         "as_text": as_text,
         "replace": replace,
         "join": join,
         "indent": indent,
         "format": form,
-        "batch": batch,
-        "slice": slices,
         "tojson": tojson,
         "string": text_of,
-        "list": items_of,
     }
+
+
+def _list_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
+    """Those that go through something, each item paid for; and the one that the environment itself puts in."""
+
+    @jinja2.pass_context  # which also keeps jinja2 from folding them at compile time
+    def spend(context: Any, iterable: Iterable[Any]) -> Collection[Any]:
+        return budget.spend(iterable)
+
+    def batch(value: Iterable[Any], linecount: int, fill_with: Any = None) -> Any:
+        budget.build(linecount)
+        return filters.do_batch(budget.spend(value), linecount, fill_with)
+
+    def slices(value: Iterable[Any], slices: int, fill_with: Any = None) -> Any:
+        budget.step(slices)
+        return filters.sync_do_slice(budget.spend(value), slices, fill_with)
+
+    def items_of(value: Iterable[Any]) -> list[Any]:
+        return list(budget.spend(value))
+
+    return {"spend": spend, "batch": batch, "slice": slices, "list": items_of}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.kernels.cpu.cache import CpuCache, CpuCacheWriter, check_heads
+from octavo.kernels.cpu.cache import MOST_SHARING, CpuCache, CpuCacheWriter
 from octavo.kernels.cpu.library import checked, pointer
 from octavo.kernels.interface import BatchLayout, HeadLayout, LayerCache
+from octavo.kernels.reference.cache import check_heads
 
 SIGNATURES = {"octavo_attention": "p" + "ppppp" + "iiiif" + "pppp" + "iii"}
 
@@ -26,7 +27,7 @@ class CpuAttention(CpuCacheWriter):
         starts = checked(layout.query_start, torch.int32, (-1,), "query_start")
         tables = checked(layout.block_tables, torch.int32, (sequences, -1), "block_tables")
         positions = checked(layout.positions, torch.int32, (rows,), "positions")
-        check_heads(heads, cache)
+        check_heads(heads, cache.spec, most=MOST_SHARING)
         out = torch.empty_like(q)
         self._lib.octavo_attention(
             self._pool, pointer(q), pointer(out), pointer(starts), pointer(tables), pointer(positions), sequences,

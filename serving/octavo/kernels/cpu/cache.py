@@ -14,13 +14,14 @@ from torch import Tensor
 
 from octavo.kernels.cpu.library import CpuBase, checked, pointer
 from octavo.kernels.interface import BLOCK, BatchLayout, CacheSpec, HeadLayout, LayerCache
-from octavo.kernels.reference.cache import check_spec
+from octavo.kernels.reference.cache import check_heads, check_spec
 
 SIGNATURES = {"octavo_rope_write": "p" + "ppppp" + "iii" + "ppd" + "pp" + "pppp" + "iii"}
 
 _TYPES = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _LANES = 16
 _PAGE = 4096
+MOST_SHARING = 128  # query heads of one kv head
 
 
 class CpuCache:
@@ -94,7 +95,7 @@ class CpuCacheWriter(CpuBase):
         rotary_dim = cos_sin.shape[1]
         if rotary_dim % 2 or rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be even and at most {head_dim}, not {rotary_dim}")
-        check_heads(heads, cache)
+        check_heads(heads, cache.spec, most=MOST_SHARING)
         norms = [None if x is None else checked(x, torch.float32, (head_dim,), "head norm") for x in (q_norm, k_norm)]
         q = torch.empty(rows, heads.num_heads * head_dim)
         self._lib.octavo_rope_write(
@@ -103,16 +104,6 @@ class CpuCacheWriter(CpuBase):
             pointer(cache.v_inverse), *cache.arguments,
         )  # fmt: skip
         return q
-
-
-def check_heads(heads: HeadLayout, cache: CpuCache) -> None:
-    """Raise ValueError unless the layer's heads fit the cache."""
-    spec = cache.spec
-    if (heads.num_kv_heads, heads.head_dim) != (spec.num_kv_heads, spec.head_dim):
-        have, want = (f"{x.num_kv_heads} heads of {x.head_dim}" for x in (spec, heads))
-        raise ValueError(f"a cache of {have} for a layer of {want}")
-    if heads.num_heads % heads.num_kv_heads or heads.num_heads // heads.num_kv_heads > 128:
-        raise ValueError(f"{heads.num_heads} heads cannot share {heads.num_kv_heads} kv heads")
 
 
 def block_bytes(spec: CacheSpec) -> int:

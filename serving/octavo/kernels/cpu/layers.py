@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from octavo.kernels.cpu.cache import CpuCache, check_heads
+from octavo.kernels.cpu.cache import MOST_SHARING, CpuCache
 from octavo.kernels.cpu.library import CpuBase, WeightMemory, checked, empty_floats, pointer
 from octavo.kernels.cpu.products import CpuInt8Linear
 from octavo.kernels.interface import BatchLayout, DenseLayer, LayerCache, LayerStack, PackedLinear
+from octavo.kernels.reference.cache import check_heads
 
 SIGNATURES = {"octavo_run_layers": "pppp"}
 MLP_ROWS = 256  # rows that go through an MLP together: enough for its products, few enough for the memory
@@ -117,7 +118,7 @@ class CpuStack:
             raise ValueError(f"{len(caches)} caches for {len(self._layers)} layers")
         for native, layer, cache in zip(self._native, self._layers, caches):
             assert isinstance(cache, CpuCache)
-            check_heads(layer.heads, cache)
+            check_heads(layer.heads, cache.spec, most=MOST_SHARING)
             native.k_inverse, native.v_inverse = pointer(cache.k_inverse), pointer(cache.v_inverse)
             native.k, native.v, native.k_scales, native.v_scales, _, _, native.cache_type = cache.arguments
         self._caches = list(caches)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.gpu import attention_kernels
-from octavo.kernels.gpu.cache import GpuCache, GpuCacheWriter, check_heads
+from octavo.kernels.gpu.cache import MOST_SHARING, GpuCache, GpuCacheWriter
 from octavo.kernels.gpu.device import checked, power_of_two
 from octavo.kernels.interface import SEGMENT, BatchLayout, HeadLayout, LayerCache
+from octavo.kernels.reference.cache import check_heads
 
 DECODE_ROWS = 8  # query heads of one program: with their two limbs, the 16 rows of one tensor-core product
 PROMPT_ROWS = 16
@@ -30,7 +31,7 @@ class GpuAttention(GpuCacheWriter):
         checked(layout.query_start, torch.int32, (-1,), "query_start")
         checked(layout.seq_lens, torch.int32, (sequences,), "seq_lens")
         checked(layout.block_tables, torch.int32, (sequences, -1), "block_tables")
-        check_heads(heads, cache)
+        check_heads(heads, cache.spec, most=MOST_SHARING)
         out = torch.empty_like(q)
         if rows == 0:
             return out

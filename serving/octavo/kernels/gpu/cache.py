@@ -16,9 +16,10 @@ from torch import Tensor
 from octavo.kernels.gpu import cache_kernels
 from octavo.kernels.gpu.device import GpuBase, checked, power_of_two, round_up
 from octavo.kernels.interface import BLOCK, BatchLayout, CacheSpec, HeadLayout, LayerCache
-from octavo.kernels.reference.cache import check_spec
+from octavo.kernels.reference.cache import check_heads, check_spec
 
 HEADS = 8  # heads of one program of rope_write
+MOST_SHARING = 64  # query heads of one kv head
 
 
 class GpuCache:
@@ -83,7 +84,7 @@ class GpuCacheWriter(GpuBase):
         rotary_dim = cos_sin.shape[1]
         if rotary_dim % 2 or rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be even and at most {head_dim}, not {rotary_dim}")
-        check_heads(heads, cache)
+        check_heads(heads, cache.spec, most=MOST_SHARING)
         q_weight, k_weight = (
             qkv if x is None else checked(x.float(), torch.float32, (head_dim,), "head norm") for x in (q_norm, k_norm)
         )
@@ -99,16 +100,6 @@ class GpuCacheWriter(GpuBase):
                 BLOCK_D=power_of_two(head_dim), num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         return q
-
-
-def check_heads(heads: HeadLayout, cache: GpuCache) -> None:
-    """Raise ValueError unless the layer's heads fit the cache."""
-    spec = cache.spec
-    if (heads.num_kv_heads, heads.head_dim) != (spec.num_kv_heads, spec.head_dim):
-        have, want = (f"{x.num_kv_heads} heads of {x.head_dim}" for x in (spec, heads))
-        raise ValueError(f"a cache of {have} for a layer of {want}")
-    if heads.num_heads % heads.num_kv_heads or heads.num_heads // heads.num_kv_heads > 64:
-        raise ValueError(f"{heads.num_heads} heads cannot share {heads.num_kv_heads} kv heads")
 
 
 def padded_head(spec: CacheSpec) -> int:

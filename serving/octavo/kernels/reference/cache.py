@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.kernels.interface import BLOCK, CacheSpec
+from octavo.kernels.interface import BLOCK, CacheSpec, HeadLayout
 from octavo.kernels.reference.rows import quantize_rows
 
 NORM_LANES = 8  # sums of squares of a head run in this many float64 lanes, folded left to right
@@ -62,6 +62,15 @@ def check_spec(spec: CacheSpec) -> None:
     for scale in (spec.k_scale, spec.v_scale):
         if scale is not None and scale.numel() not in (1, spec.num_kv_heads):
             raise ValueError(f"static scales must be [1] or [{spec.num_kv_heads}], not {list(scale.shape)}")
+
+
+def check_heads(heads: HeadLayout, spec: CacheSpec, *, most: int) -> None:
+    """Raise ValueError unless a layer's heads fit its cache; a backend lets `most` heads share a kv head."""
+    if (heads.num_kv_heads, heads.head_dim) != (spec.num_kv_heads, spec.head_dim):
+        have, want = (f"{x.num_kv_heads} heads of {x.head_dim}" for x in (spec, heads))
+        raise ValueError(f"a cache of {have} for a layer of {want}")
+    if heads.num_heads % heads.num_kv_heads or heads.num_heads // heads.num_kv_heads > most:
+        raise ValueError(f"{heads.num_heads} heads cannot share {heads.num_kv_heads} kv heads")
 
 
 def block_bytes(spec: CacheSpec) -> int:
