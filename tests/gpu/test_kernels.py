@@ -18,7 +18,9 @@ from octavo.kernels.interface import (
     CacheSpec,
     HeadLayout,
     Kernels,
+    MultipliesFp8,
     Quantized,
+    multiplies_fp8,
 )
 
 FORMATS = [ActivationFormat(1), ActivationFormat(2), ActivationFormat(1, static_scale=0.037, zero_point=-11)]
@@ -225,3 +227,37 @@ def test_embedding_gives_the_rows_of_the_table(gpu: Kernels) -> None:
     table = torch.randn(500, 4096, device=DEVICE).bfloat16()
     ids = torch.randint(0, 500, (70,), device=DEVICE)
     assert torch.equal(gpu.embedding(ids, table), table[ids].float())
+
+
+@pytest.mark.parametrize("static", [None, 0.013])
+@pytest.mark.parametrize(("outputs", "inputs"), [(28672, 4096), (300, 1100)])
+def test_fp8_products_stay_near_float64_and_keep_their_bits(
+    gpu: Kernels, outputs: int, inputs: int, static: float | None
+) -> None:
+    if not multiplies_fp8(gpu):
+        pytest.skip("this card has no fp8 products")
+    assert isinstance(gpu, MultipliesFp8)
+    format = ActivationFormat(1, static, fp8=True)
+    weight = (torch.randn(outputs, inputs, device=DEVICE) * 40).to(torch.float8_e4m3fn)
+    scale = torch.rand(outputs, 1, device=DEVICE) * 0.01
+    packed = gpu.pack_fp8(weight, scale, format=format)
+    x = torch.randn(max(ROWS), inputs, device=DEVICE)
+    q = gpu.quantize(x, format)
+    assert isinstance(q, Quantized)
+    y = gpu.linear(q, packed)
+    wide = q.q[0, :, :inputs].double()
+    terms = (wide.abs() @ weight.double().abs().T) * scale.T * q.scale[:, None]
+    exact = (wide @ weight.double().T) * scale.T * q.scale[:, None]
+    # sm_90 adds up to 128 products with some 13 bits behind the largest's leading one
+    assert ((y - exact).abs() <= terms * 2**-12).all()
+    for rows in ROWS:
+        assert torch.equal(gpu.linear(gpu.quantize(x[-rows:].contiguous(), format), packed), y[-rows:]), rows
+
+
+def test_rows_of_fp8_are_rounded_as_torch_does(gpu: Kernels) -> None:
+    if not multiplies_fp8(gpu):
+        pytest.skip("this card has no fp8 products")
+    x = torch.randn(5, 4096, device=DEVICE) * torch.exp2(torch.randint(-14, 9, (5, 4096), device=DEVICE).float())
+    q = gpu.quantize(x, ActivationFormat(1, 1.0, fp8=True))
+    assert isinstance(q, Quantized)
+    assert torch.equal(q.q[0].view(torch.uint8), x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))

@@ -11,17 +11,26 @@ from kernels_gpu.compiled import Case
 from octavo.kernels.gpu import attention_kernels, cache_kernels, expert_kernels, gemm, row_kernels, sampling_kernels
 from octavo.kernels.gpu.attention import prompt_warps
 from octavo.kernels.gpu.device import DeviceLimits, row_warps
-from octavo.kernels.gpu.tiles import GROUP_M, float_tile, int8_tile
+from octavo.kernels.gpu.tiles import GROUP_M, float_tile, fp8_tile, int8_tile
 
 INTEGER = {80: "IMMA", 90: "IMMA", 100: "IMMA"}
 WIDE_INTEGER = {80: "IMMA", 90: "IGMMA", 100: "IMMA"}
 FLOAT = {80: "HMMA", 90: "HMMA", 100: "HMMA"}
+FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 A100 = DeviceLimits((8, 0), 163840)
+CARDS = {  # of each capability, as the driver describes them
+    80: A100,
+    89: DeviceLimits((8, 9), 101376),
+    90: DeviceLimits((9, 0), 232448),
+    100: DeviceLimits((10, 0), 232448),
+    120: DeviceLimits((12, 0), 101376),
+}
 
 
 def all_cases() -> Iterator[Case]:
     """Every case, the products first."""
     yield from _int8_products()
+    yield from _fp8_products()
     yield from _expert_products()
     yield from _float_products()
     yield from _attention()
@@ -67,11 +76,35 @@ def _int8_products() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def _fp8_products() -> Iterator[Case]:
+    """Tiles follow the card, and sm_80 has none."""
+    names = gemm.int8_gemm.arg_names
+    for rows, outputs, residual in ((16, 28672, False), (48, 4096, True), (4096, 28672, False)):
+        for capability in FP8:
+            tile = fp8_tile(rows, outputs, limits=CARDS[capability])
+            yield Case(
+                f"fp8_gemm m{rows} n{outputs}",
+                gemm.int8_gemm,
+                _types(names, x_ptr="*fp8e4nv", w_ptr="*fp8e4nv", correction_ptr="*i32", zero_ptr="*i32"),
+                {
+                    "STEPS_PER_GROUP": 0, "LIMBS": 0, "HAS_INPUT_ZERO": False, "HAS_ZERO": False, "HAS_BIAS": False,
+                    "HAS_RESIDUAL": residual, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                    "BLOCK_K": tile.block_k, "GROUP_M": GROUP_M,
+                },
+                aligned=("N", "K", "stride"),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                mma=FP8,
+                loop_bytes=tile.block_n * tile.block_k,
+                capabilities=(capability,),
+            )  # fmt: skip
+
+
 def _expert_products() -> Iterator[Case]:
     """128 experts of 768: what an expert gets in a decode step, and in a prompt."""
+    pointers = {f"{name}_ptr": "*i64" for name in ("order", "tile_expert", "tile_first", "expert_end")}
     for rows, outputs, inputs, limbs, shared in ((1, 1536, 2048, 2, 8), (64, 1536, 2048, 1, 8), (64, 2048, 768, 2, 1)):
         tile = int8_tile(rows, outputs, inputs, limbs=limbs, group=0, residual=False, limits=A100)
-        pointers = {f"{name}_ptr": "*i64" for name in ("order", "tile_expert", "tile_first", "expert_end")}
         yield Case(
             f"grouped_gemm m{rows} n{outputs} limbs{limbs}",
             expert_kernels.grouped_gemm,
@@ -89,6 +122,27 @@ def _expert_products() -> Iterator[Case]:
             mma=WIDE_INTEGER if tile.block_m >= 64 else INTEGER,
             loop_bytes=tile.block_n * tile.block_k,
         )  # fmt: skip
+
+
+    tile = fp8_tile(1, 1536, limits=CARDS[90])
+    yield Case(
+        "grouped_gemm fp8 m1 n1536",
+        expert_kernels.grouped_gemm,
+        _types(
+            expert_kernels.grouped_gemm.arg_names, x_ptr="*fp8e4nv", w_ptr="*fp8e4nv", correction_ptr="*i32",
+            zero_ptr="*i32", **pointers,
+        ),
+        {
+            "SHARED": 8, "STEPS_PER_GROUP": 0, "LIMBS": 0, "HAS_INPUT_ZERO": False, "HAS_ZERO": False,
+            "HAS_BIAS": False, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        },
+        aligned=("N", "K", "stride", "scales_stride"),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        mma=FP8,
+        loop_bytes=tile.block_n * tile.block_k,
+        capabilities=(90, 100),
+    )  # fmt: skip
 
 
 def _float_products() -> Iterator[Case]:
@@ -159,6 +213,13 @@ def _rows() -> Iterator[Case]:
         yield Case(
             name, kernel, _types(kernel.arg_names, **outputs, **scales), {**constants, "BLOCK": block},
             aligned=("K", "stride"), num_warps=row_warps(block),
+        )  # fmt: skip
+    for name, constants in (("dynamic", dynamic), ("static", static | {"ZERO_POINT": 0})):
+        yield Case(
+            f"rms_norm 4096 fp8 {name}", row_kernels.rms_norm,
+            _types(row_kernels.rms_norm.arg_names, y_ptr="*fp8e4nv", **scales),
+            {**constants, "LIMBS": 1, "EPS": 1e-5, "HAS_ADD": False, "BLOCK": 4096}, aligned=("K", "stride"),
+            num_warps=row_warps(4096), capabilities=(89, 90, 100),
         )  # fmt: skip
     yield Case(
         "embedding bf16", row_kernels.embedding,

@@ -32,6 +32,7 @@ class Case:
     num_stages: int = 3
     mma: dict[int, str] | None = None  # capability → prefix of the tensor-core instruction
     loop_bytes: int = 0  # bytes of weights or cache that the innermost loop reads in one turn
+    capabilities: tuple[int, ...] = CAPABILITIES
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _read(texts: tuple[str, str], compiled: Any, case: Case) -> Report:
         instructions_per_byte=round(loop * 32 * case.num_warps / case.loop_bytes, 2) if case.loop_bytes else 0.0,
         # times 256, as limbs are joined, is exact and may be fused
         fused=sum(name.startswith("FFMA") and ", 256, " not in rest for _, name, rest in lines),
-        mma=sorted({name for _, name, _ in lines if re.match(r"(I|H|IG|HG|Q|UTC\w*)MMA", name)}),
+        mma=sorted({name for _, name, _ in lines if re.match(r"(I|H|IG|HG|Q|QG|UTC\w*)MMA", name)}),
     )
 
 
@@ -124,7 +125,7 @@ def main() -> None:
 
     found: dict[str, dict[str, Any]] = {}
     for case in all_cases():
-        for capability in CAPABILITIES:
+        for capability in case.capabilities:
             report = build(case, capability)
             print(f"{case.name:36} sm_{capability} {report}", flush=True)
             found.setdefault(case.name, {})[str(capability)] = asdict(report)

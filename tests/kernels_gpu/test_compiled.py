@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels_gpu.compiled import BUDGETS, CAPABILITIES, Case, Report, build
+from kernels_gpu.compiled import BUDGETS, Case, Report, build
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton-lang is not installed", allow_module_level=True)
@@ -29,9 +29,12 @@ RECORDED = "3.6."
 SLACK = 1.05  # a patch release of the assembler may move a few registers
 # What a plain test run compiles; the rest, and the other architectures, take a minute and are marked slow.
 QUICK = {
-    90: ("int8_gemm m16 n28672 limbs2", "int8_gemm m48 n28672 limbs2", "decode_segments d128 group4", "rope_write i8"),
+    90: (
+        "int8_gemm m16 n28672 limbs2", "int8_gemm m48 n28672 limbs2", "fp8_gemm m48", "decode_segments d128 group4",
+        "rope_write i8",
+    ),
     100: ("int8_gemm m1 n4096 limbs2", "rope_write bf16", "moe_combine"),  # whose assembler likes to fuse
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +49,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def parameters() -> list[object]:
     found: list[object] = []
     for case in CASES:
-        for capability in CAPABILITIES:
+        for capability in case.capabilities:
             quick = case.name.startswith(QUICK.get(capability, ("none",)))
             marks = () if quick else (pytest.mark.slow,)
             found.append(pytest.param(case, capability, id=f"{case.name} sm_{capability}", marks=marks))
@@ -61,7 +64,7 @@ def test_machine_code(case: Case, capability: int) -> None:
     if case.mma is not None:
         assert report.mma
         assert all(name.startswith(case.mma[capability]) for name in report.mma)
-    if case.name.startswith(("int8_gemm", "moe_combine", "rope_write bf16")):
+    if case.name.startswith(("int8_gemm", "fp8_gemm", "moe_combine", "rope_write bf16")):
         assert report.fused == 0  # their operations round one by one; others divide, and a division is made of them
     if triton.__version__.startswith(RECORDED):
         within_budget(report, json.loads(BUDGETS.read_text())[case.name][str(capability)])
@@ -75,8 +78,8 @@ def within_budget(report: Report, recorded: dict[str, float]) -> None:
 
 def test_budgets_name_every_case_and_nothing_else() -> None:
     recorded = json.loads(BUDGETS.read_text())
-    assert sorted(recorded) == sorted(case.name for case in CASES)
-    assert all(sorted(entry) == sorted(map(str, CAPABILITIES)) for entry in recorded.values())
+    found = {(name, int(capability)) for name, entry in recorded.items() for capability in entry}
+    assert found == {(case.name, capability) for case in CASES for capability in case.capabilities}
 
 
 def test_a_spilling_kernel_is_found() -> None:

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
-CHECKS = ["check_products.py", "check_rows.py", "check_attention.py", "check_sampling.py", "check_model.py"]
-
+CHECKS = [f"check_{name}.py" for name in ("products", "fp8", "rows", "attention", "sampling", "model")]
 
 pytestmark = pytest.mark.skipif(
     np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="triton-lang 3.6 interprets with numpy below 2.4 only"

@@ -15,6 +15,9 @@ held as hi = (q + 128) >> 8 and
 lo = q − 256·hi, both in [-128, 127]. a is the row's absolute maximum in float32; a = 0 gives q = 0 and scale 0. rint
 rounds half to even. Divisions and
 products are single float32 operations, in the order written.
+
+e4m3. `fp8=True` (limbs 1): q = e4m3(x · (448 / a)), scale a / 448, or q = e4m3(x · (1 / scale)) with a static scale;
+cut to ±448 and rounded to the nearest 8-bit float, half to even.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ import torch
 from torch import Tensor
 
 LIMB_RANGE = {1: 127.0, 2: 32512.0}
+FP8_RANGE = 448.0  # the largest e4m3
+FP8_STEP = 128  # inputs whose products in e4m3 are one float32 sum
 TILE = 128  # tokens of one attention tile, at absolute positions
 SEGMENT = 256  # tokens of one attention segment: two tiles
 BLOCK = 64  # tokens of one cache block
@@ -37,12 +42,14 @@ class ActivationFormat:
     """What an operation hands to the product behind it.
 
     limbs 0: float32. 1 or 2: integers with a dynamic scale per row, or with a static scale
-    (q = clamp(rint(x · (1 / scale)) + zero_point, -128, 127), limbs 1 only).
+    (q = clamp(rint(x · (1 / scale)) + zero_point, -128, 127), limbs 1 only). fp8, with limbs 1 and zero point 0: e4m3
+    in place of integers.
     """
 
     limbs: int = 0
     static_scale: float | None = None
     zero_point: int = 0
+    fp8: bool = False
 
 
 FLOAT = ActivationFormat(0)
@@ -292,6 +299,42 @@ class Kernels(Protocol):
         num_top]), ties by lower id. Does not change logits.
         """
         ...
+
+
+# ---- products of 8-bit floats, where a backend can
+
+
+@runtime_checkable
+class MultipliesFp8(Protocol):
+    """A backend that may multiply e4m3 as it is."""
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether this device can. Else such weights have to come as integers."""
+        ...
+
+    def pack_fp8(
+        self,
+        weight: Tensor,  # [N, K] float8_e4m3fn
+        scale: Tensor,  # [N, 1] or [1] float32
+        *,
+        format: ActivationFormat,  # fp8
+        bias: Tensor | None = None,  # [N] float32
+    ) -> PackedLinear:
+        """Pack once at load. The product is
+
+        s[m, n, i] = f32(Σ_k xq[m, k] · wq[n, k])   over the i-th FP8_STEP inputs, in an order that is the backend's own
+        t[m, n]    = ((0 + s[m, n, 0]) + s[m, n, 1]) + …   in float32
+        y[m, n]    = (t · sw[n]) · sx[m] (+ b[n]) (+ residual[m, n])
+
+        The order does not depend on M. Tensor cores may keep fewer bits of a step's sum than float32 has.
+        """
+        ...
+
+
+def multiplies_fp8(kernels: object) -> bool:
+    """Whether e4m3 weights need no conversion for this backend."""
+    return isinstance(kernels, MultipliesFp8) and kernels.multiplies_fp8
 
 
 # ---- whole layers, where a backend can run them in one call

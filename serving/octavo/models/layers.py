@@ -22,6 +22,7 @@ from octavo.kernels.interface import (
     HeadLayout,
     Kernels,
     LayerCache,
+    MultipliesFp8,
     PackedLinear,
 )
 from octavo.parallel.group import Group
@@ -35,14 +36,14 @@ def pack(kernels: Kernels, linear: LinearWeights) -> PackedLinear:
     if not isinstance(linear.weight, QuantizedTensor):
         return kernels.pack_float(linear.weight.to(device), bias=bias)
     weight, scheme = linear.weight, linear.activation
+    form = ActivationFormat(scheme.limbs, scheme.static_scale, scheme.zero_point, scheme.fp8)
+    q, scale = weight.q.contiguous().to(device), weight.scale.contiguous().to(device)
+    if scheme.fp8:
+        if not isinstance(kernels, MultipliesFp8):
+            raise ValueError(f"the {kernels.name} kernels have no products of fp8")
+        return kernels.pack_fp8(q, scale, format=form, bias=bias)
     zero_point = None if weight.zero_point is None else weight.zero_point.contiguous().to(device)
-    return kernels.pack_int8(
-        weight.q.contiguous().to(device),
-        weight.scale.contiguous().to(device),
-        format=ActivationFormat(scheme.limbs, static_scale=scheme.static_scale, zero_point=scheme.zero_point),
-        zero_point=zero_point,
-        bias=bias,
-    )
+    return kernels.pack_int8(q, scale, format=form, zero_point=zero_point, bias=bias)
 
 
 class Projection:

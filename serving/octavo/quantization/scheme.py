@@ -19,23 +19,31 @@ FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": 
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """How a product's input is written: limbs 0 float, 1 int8, 2 two int8; a scale per row unless one is given."""
+    """How a product's input is written: limbs 0 float, 1 int8, 2 two int8; a scale per row unless one is given.
+
+    fp8, with limbs 1: e4m3 in place of int8.
+    """
 
     limbs: int
     static_scale: float | None = None
     zero_point: int = 0
+    fp8: bool = False
 
 
 FLOAT_ACTIVATION = ActivationScheme(0)
 A8 = ActivationScheme(1)
 A16 = ActivationScheme(2)
+FP8 = ActivationScheme(1, fp8=True)
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight [N, K] ≈ (q − zero_point) · scale, both spread over the columns of their group."""
+    """A weight [N, K] ≈ (q − zero_point) · scale, both spread over the columns of their group.
 
-    q: Tensor  # [N, K] int8
+    q of e4m3 has one group and no zero point, and goes with activations of e4m3.
+    """
+
+    q: Tensor  # [N, K] int8 or float8_e4m3fn
     scale: Tensor  # [N, 1] or [N, K / group_size] or [1] float32
     zero_point: Tensor | None = None  # like scale, int8
 

@@ -132,7 +132,12 @@ def product_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Σ t · sw over the groups, [BLOCK_M, BLOCK_N] float32: all of a product but the scales of the rows."""
+    """Σ t · sw over the groups, [BLOCK_M, BLOCK_N] float32: all of a product but the scales of the rows.
+
+    LIMBS 0: operands of e4m3, one group, no zero points.
+    """
+    if LIMBS == 0:
+        return _product_fp8(hi_ptrs, w_ptrs, w_row, w_scale_ptr, K, BLOCK_M, BLOCK_N, BLOCK_K)
     hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     hi_sum = tl.zeros((BLOCK_M,), tl.int32)
@@ -167,6 +172,19 @@ def product_tile(
             hi, lo, hi_sum, lo_sum, w_row, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
         )
     return total
+
+
+@triton.jit
+def _product_fp8(
+    x_ptrs, w_ptrs, w_row, w_scale_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """t · sw of e4m3. Tensor cores of sm_90 keep few bits while they add: each BLOCK_K goes to a float32 sum."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, tl.cdiv(K, BLOCK_K)):
+        total = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs).T, total, max_num_imprecise_acc=BLOCK_K)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return total * tl.load(w_scale_ptr + w_row)[None, :]
 
 
 @triton.jit

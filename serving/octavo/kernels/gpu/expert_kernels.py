@@ -13,9 +13,9 @@ from octavo.kernels.gpu.arithmetic import product_tile, rounded
 
 @triton.jit(do_not_specialize=["M", "num_pairs"])
 def grouped_gemm(
-    x_ptr,  # [LIMBS, M, K] int8
+    x_ptr,  # [LIMBS, M, K] int8, or [1, M, K] e4m3
     x_scale_ptr,  # [M] float32
-    w_ptr,  # [E, N, K] int8
+    w_ptr,  # [E, N, K] int8 or e4m3
     w_scale_ptr,  # [E, GROUPS, N] float32
     zero_ptr,  # [E, GROUPS, N] int32, read if HAS_ZERO
     correction_ptr,  # [E, GROUPS, N] int32, read if HAS_INPUT_ZERO

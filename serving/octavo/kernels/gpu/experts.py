@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.gpu import expert_kernels
-from octavo.kernels.gpu.products import GpuInt8Linear, GpuProducts, spread
+from octavo.kernels.gpu.products import GpuLinear8, GpuProducts, kernel_limbs, spread
 from octavo.kernels.gpu.rows import GpuRows
-from octavo.kernels.gpu.tiles import Tile, int8_tile
+from octavo.kernels.gpu.tiles import Tile, fp8_tile, int8_tile
 from octavo.kernels.interface import Activation, ActivationFormat, ExpertWeights, PackedLinear, Quantized
 
 
 @dataclass(frozen=True)
 class GpuExperts:
-    """Int8 weights [E, N, stride] of one product of all experts; scales and zero points [E, G, N]."""
+    """Weights of int8 or e4m3 [E, N, stride] of one product of all experts; scales and zero points [E, G, N]."""
 
     in_features: int
     out_features: int
@@ -54,8 +54,8 @@ class GpuGrouped(GpuProducts, GpuRows):
     """`interface.GroupsExperts`."""
 
     def stack_experts(self, products: Sequence[PackedLinear]) -> ExpertWeights | None:
-        """See the interface. All must be int8 of one shape and format."""
-        linears = [product for product in products if isinstance(product, GpuInt8Linear)]
+        """See the interface. All must be of 8 bits and of one shape and format."""
+        linears = [product for product in products if isinstance(product, GpuLinear8)]
         if not linears or len(linears) < len(products) or len(set(map(_shape, linears))) > 1:
             return None
         first = linears[0]
@@ -93,6 +93,8 @@ class GpuGrouped(GpuProducts, GpuRows):
         rows = min(64, max(1, pairs // experts.num_experts))
         inputs = experts.weight.shape[2]
         limbs, group = experts.format.limbs, experts.group
+        if experts.format.fp8:
+            return fp8_tile(rows, experts.out_features, limits=self._limits)
         return int8_tile(
             rows, experts.out_features, inputs, limbs=limbs, group=group, residual=False, limits=self._limits
         )
@@ -119,7 +121,7 @@ class GpuGrouped(GpuProducts, GpuRows):
             unused if experts.bias is None else experts.bias,
             tiles.order, tiles.expert, tiles.first, tiles.end, y, rows, pairs, experts.num_experts, outputs, inputs,
             q.shape[2], groups * outputs, SHARED=shared, STEPS_PER_GROUP=experts.group // tile.block_k,
-            LIMBS=experts.format.limbs, HAS_INPUT_ZERO=experts.correction is not None,
+            LIMBS=kernel_limbs(experts.format), HAS_INPUT_ZERO=experts.correction is not None,
             HAS_ZERO=experts.zero_point is not None, HAS_BIAS=experts.bias is not None, BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
             enable_fp_fusion=False,
@@ -148,7 +150,7 @@ def _with_rows(tile: Tile, block_m: int) -> Tile:
     return Tile(block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
 
 
-def _shape(linear: GpuInt8Linear) -> tuple[object, ...]:
+def _shape(linear: GpuLinear8) -> tuple[object, ...]:
     parts = (linear.correction, linear.zero_point, linear.bias)
     present = tuple(part is not None for part in parts)
     return (linear.in_features, linear.out_features, linear.format, linear.scale.shape, linear.group, present)

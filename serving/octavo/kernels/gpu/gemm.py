@@ -1,8 +1,9 @@
 """The products as kernels. int8: one or two limbs of activations on the tensor cores, scales and sums in the epilogue.
 
 Integer sums are exact, so tiles are chosen for speed alone: every tile gives a row the same bits. Group scales add up
-in ascending K. Weights lie [N, stride] with zeros behind K, activations [limbs, M, stride]. The float product has one
-tile for every M, so the order of its sums never changes.
+in ascending K. Weights lie [N, stride] with zeros behind K, activations [limbs, M, stride]. The same kernel multiplies
+e4m3 (LIMBS 0): its tiles have one BLOCK_K and one kind of instruction on a card, so the order of sums does not depend
+on M. The float product has one tile for every M.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from octavo.kernels.gpu.arithmetic import dot_float, product_tile, rounded
 
 @triton.jit(do_not_specialize=["M"])
 def int8_gemm(
-    x_ptr,  # [LIMBS, M, K] int8
+    x_ptr,  # [LIMBS, M, K] int8, or [1, M, K] e4m3
     x_scale_ptr,  # [M] float32
-    w_ptr,  # [N, K] int8
+    w_ptr,  # [N, K] int8 or e4m3
     w_scale_ptr,  # [GROUPS, N] float32
     correction_ptr,  # [GROUPS, N] int32: input zero point · Σ_k (w − zw), read if HAS_INPUT_ZERO
     zero_ptr,  # [GROUPS, N] int32: zero points of the weights, read if HAS_ZERO

@@ -13,16 +13,17 @@ from torch import Tensor
 from octavo.kernels.gpu import gemm
 from octavo.kernels.gpu.device import GpuBase, checked, round_up
 from octavo.kernels.gpu.rows import FLOAT_TYPES, STRIDE
-from octavo.kernels.gpu.tiles import GROUP_M, float_tile, int8_tile
+from octavo.kernels.gpu.tiles import GROUP_M, Tile, float_tile, fp8_tile, int8_tile
 from octavo.kernels.interface import FLOAT, Activation, ActivationFormat, PackedLinear, Quantized
-from octavo.kernels.reference.products import check_int8, per_group
+from octavo.kernels.reference.products import check_fp8, check_int8, fp8_scale, per_group
 
 SMALLEST_GROUP = 32  # inputs of one step of the tensor cores
+OLDEST_FP8 = (8, 9)  # tensor cores that multiply e4m3
 
 
 @dataclass(frozen=True)
-class GpuInt8Linear:
-    """Int8 weights [N, stride], zeros behind the inputs; scales and zero points [G, N]."""
+class GpuLinear8:
+    """Weights of int8 or e4m3 [N, stride], zeros behind the inputs; scales and zero points [G, N]."""
 
     in_features: int
     out_features: int
@@ -73,7 +74,7 @@ class GpuProducts(GpuBase):
         format: ActivationFormat,
         zero_point: Tensor | None = None,
         bias: Tensor | None = None,
-    ) -> GpuInt8Linear:
+    ) -> GpuLinear8:
         scale = per_group(scale.float(), weight=weight, name="scale")  # [N, G]
         outputs, inputs = weight.shape
         groups = scale.shape[1]
@@ -83,7 +84,7 @@ class GpuProducts(GpuBase):
         bias = None if bias is None else checked(bias.float(), torch.float32, (outputs,), "bias")
         group = 0 if groups == 1 else round_up(inputs // groups, SMALLEST_GROUP)
         laid_out = spread(weight[None], groups=groups, group=group)[0]
-        return GpuInt8Linear(
+        return GpuLinear8(
             in_features=inputs,
             out_features=outputs,
             format=format,
@@ -93,6 +94,25 @@ class GpuProducts(GpuBase):
             zero_point=None if zero_point is None else zero_point.T.contiguous().to(self.device),
             bias=None if bias is None else bias.to(self.device),
             group=group,
+        )
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        return self._limits.capability >= OLDEST_FP8
+
+    def pack_fp8(
+        self, weight: Tensor, scale: Tensor, *, format: ActivationFormat, bias: Tensor | None = None
+    ) -> GpuLinear8:
+        if not self.multiplies_fp8:
+            major, minor = self._limits.capability
+            raise ValueError(f"a card of compute capability {major}.{minor} has no fp8 products: they begin with 8.9")
+        check_fp8(weight, format=format)
+        scale = fp8_scale(scale, weight=weight).T.contiguous()  # [1, N]
+        bias = None if bias is None else checked(bias.float(), torch.float32, (len(weight),), "bias").to(self.device)
+        laid_out = spread(weight.view(torch.int8)[None], groups=1, group=0)[0].view(weight.dtype)
+        outputs, inputs = weight.shape
+        return GpuLinear8(
+            inputs, outputs, format, laid_out.to(self.device), scale.to(self.device), None, None, bias, group=0
         )
 
     def pack_float(self, weight: Tensor, *, bias: Tensor | None = None) -> GpuFloatLinear:
@@ -107,11 +127,11 @@ class GpuProducts(GpuBase):
         if residual is not None:
             residual = checked(residual, torch.float32, (rows, weight.out_features), "residual")
         if isinstance(x, Quantized):
-            if not isinstance(weight, GpuInt8Linear) or x.format != weight.format or x.shape[1] != weight.in_features:
+            if not isinstance(weight, GpuLinear8) or x.format != weight.format or x.shape[1] != weight.in_features:
                 wanted = f"{weight.format} of {weight.in_features} inputs"
                 raise ValueError(f"the weight multiplies {wanted}, not {x.format} of {x.shape[1]}")
             if rows:
-                self._integer_product(x, weight, residual, y)
+                self._product8(x, weight, residual, y)
             return y
         if not isinstance(weight, GpuFloatLinear):
             raise ValueError(f"the weight multiplies {weight.format}, not floats")
@@ -120,17 +140,23 @@ class GpuProducts(GpuBase):
             self._float_product(x, weight, residual, y)
         return y
 
-    def _integer_product(self, x: Quantized, weight: GpuInt8Linear, residual: Tensor | None, y: Tensor) -> None:
-        rows, outputs, limbs = x.shape[0], weight.out_features, x.format.limbs
+    def _tile8(self, weight: GpuLinear8, *, rows: int, inputs: int, residual: bool) -> Tile:
+        format, outputs = weight.format, weight.out_features
+        if format.fp8:
+            return fp8_tile(rows, outputs, limits=self._limits)
+        return int8_tile(
+            rows, outputs, inputs, limbs=format.limbs, group=weight.group, residual=residual, limits=self._limits
+        )
+
+    def _product8(self, x: Quantized, weight: GpuLinear8, residual: Tensor | None, y: Tensor) -> None:
+        rows, outputs = x.shape[0], weight.out_features
         groups = weight.scale.shape[0]
         q, inputs = x.q, weight.weight.shape[1]
         if weight.group:
             inputs = groups * weight.group
             if weight.group * groups != weight.in_features:
                 q = spread(q[:, :, : weight.in_features], groups=groups, group=weight.group)
-        tile = int8_tile(
-            rows, outputs, inputs, limbs=limbs, group=weight.group, residual=residual is not None, limits=self._limits
-        )
+        tile = self._tile8(weight, rows=rows, inputs=inputs, residual=residual is not None)
         grid = (-(-rows // tile.block_m) * -(-outputs // tile.block_n),)
         unused = weight.scale
         gemm.int8_gemm[grid](
@@ -139,10 +165,11 @@ class GpuProducts(GpuBase):
             unused if weight.zero_point is None else weight.zero_point,
             unused if weight.bias is None else weight.bias,
             y if residual is None else residual, y, rows, outputs, inputs, q.shape[2],
-            STEPS_PER_GROUP=weight.group // tile.block_k, LIMBS=limbs, HAS_INPUT_ZERO=weight.correction is not None,
-            HAS_ZERO=weight.zero_point is not None, HAS_BIAS=weight.bias is not None,
-            HAS_RESIDUAL=residual is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            GROUP_M=GROUP_M, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
+            STEPS_PER_GROUP=weight.group // tile.block_k, LIMBS=kernel_limbs(x.format),
+            HAS_INPUT_ZERO=weight.correction is not None, HAS_ZERO=weight.zero_point is not None,
+            HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M, num_warps=tile.num_warps,
+            num_stages=tile.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _float_product(self, x: Tensor, weight: GpuFloatLinear, residual: Tensor | None, y: Tensor) -> None:
@@ -156,6 +183,11 @@ class GpuProducts(GpuBase):
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def kernel_limbs(format: ActivationFormat) -> int:
+    """What the kernels call LIMBS."""
+    return 0 if format.fp8 else format.limbs
 
 
 def spread(x: Tensor, *, groups: int, group: int) -> Tensor:

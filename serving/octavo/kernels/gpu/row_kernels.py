@@ -20,6 +20,7 @@ from octavo.kernels.gpu.arithmetic import (
 )
 
 TAKEN = tl.constexpr(-2147483648)
+LARGEST_E4M3 = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def embedding(
 def quantize_rows(
     x_ptr,  # [M, K] float32
     absmax_ptr,  # [M] float32, read if HAS_ABSMAX
-    q_ptr,  # [LIMBS, M, stride] int8
+    q_ptr,  # [LIMBS, M, stride] int8 or e4m3
     scale_ptr,  # [M] float32
     M,
     K,
@@ -74,7 +75,7 @@ def rms_norm(
     x_ptr,  # [M, K] float32, becomes x + add if HAS_ADD
     add_ptr,  # [M, K] float32
     weight_ptr,  # [K] float32
-    y_ptr,  # [M, K] float32 if LIMBS is 0, else [LIMBS, M, stride] int8
+    y_ptr,  # [M, K] float32 if LIMBS is 0, else [LIMBS, M, stride] int8 or e4m3
     scale_ptr,  # [M] float32
     M,
     K,
@@ -161,7 +162,12 @@ def _write(
 ):
     """Quantise a row and store it with zeros behind K."""
     place = q_ptr + row * stride + column
-    if STATIC:
+    if q_ptr.dtype.element_ty == tl.float8e4nv:
+        scaled = x * static_inverse if STATIC else x * inverse_scale(absmax, LARGEST_E4M3)
+        scaled = tl.minimum(tl.maximum(scaled, -LARGEST_E4M3), LARGEST_E4M3)
+        tl.store(place, scaled.to(tl.float8e4nv), mask=column < stride)
+        tl.store(scale_ptr + row, static_scale if STATIC else row_scale(absmax, LARGEST_E4M3))
+    elif STATIC:
         # Clamped before it is rounded: the same integers, and the rounding stays in its range.
         q = rint(tl.minimum(tl.maximum(x * static_inverse, -1024.0), 1024.0)) + ZERO_POINT
         q = tl.minimum(tl.maximum(q, -128.0), 127.0)

@@ -1,6 +1,6 @@
 """Row operations of the GPU backend: memory for results and launches of row_kernels.py.
 
-A `Quantized.q` of this backend is int8 [limbs, M, stride], stride the width rounded up to 128, zeros behind the width.
+A `Quantized.q` of this backend is int8 or e4m3 [limbs, M, stride], stride the width rounded up to 128, zeros behind it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def empty_activation(rows: int, width: int, format: ActivationFormat, device: to
     """Memory for `rows` in `format`."""
     if format.limbs == 0:
         return torch.empty(rows, width, dtype=torch.float32, device=device)
-    q = torch.empty(format.limbs, rows, round_up(width, STRIDE), dtype=torch.int8, device=device)
+    dtype = torch.float8_e4m3fn if format.fp8 else torch.int8
+    q = torch.empty(format.limbs, rows, round_up(width, STRIDE), dtype=dtype, device=device)
     return Quantized(q, torch.empty(rows, dtype=torch.float32, device=device), (rows, width), format)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo.kernels.gpu.device import DeviceLimits
+from octavo.kernels.interface import FP8_STEP
 
 GROUP_M = 8  # tiles of M that share their weights in L2
 
@@ -55,6 +56,16 @@ def _wanted(rows: int, outputs: int, *, limbs: int, residual: bool) -> Tile:
     if rows <= 64:
         return Tile(64, 64 if outputs <= 8192 else 128, 128, 4, 4)
     return Tile(128, 128, 128, 8, 4 if limbs == 1 or not residual else 3)
+
+
+def fp8_tile(rows: int, outputs: int, *, limits: DeviceLimits) -> Tile:
+    """The tile of a product of e4m3. K in steps of 128 and one kind of instruction on a card: the order of sums."""
+    block_n = 64 if outputs <= 8192 else 128
+    if (9, 0) <= limits.capability < (12, 0):  # asynchronous tensor cores, from 64 rows on
+        return Tile(64, block_n, FP8_STEP, 4, 4) if rows <= 64 else Tile(128, 128, FP8_STEP, 8, 4)
+    if rows <= 16:
+        return Tile(16, block_n, FP8_STEP, 4, 4)
+    return Tile(64, 64, FP8_STEP, 4, 3) if rows <= 64 else Tile(128, 128, FP8_STEP, 8, 3)
 
 
 def float_tile(dtype: torch.dtype) -> Tile:

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels.interface import FLOAT, Activation, ActivationFormat, PackedLinear, Quantized
+from octavo.kernels.interface import FLOAT, FP8_STEP, Activation, ActivationFormat, PackedLinear, Quantized
 
 
 @dataclass(frozen=True)
 class ReferenceLinear:
-    """Weights as they came. `scale` [N, G] float32 and `zero_point` [N, G] int32 for integers; neither for floats."""
+    """Weights as they came. `scale` [N, G] float32 and `zero_point` [N, G] int32 for integers; neither for floats, and
+    a scale [N, 1] for e4m3.
+    """
 
-    weight: Tensor  # [N, K] int8 or a float type
+    weight: Tensor  # [N, K] int8, e4m3 or a float type
     format: ActivationFormat
     bias: Tensor | None  # [N] float32
     scale: Tensor | None = None
@@ -59,7 +61,7 @@ def check_int8(weight: Tensor, zero_point: Tensor | None, *, format: ActivationF
     """Raise ValueError for weights whose integer sums could leave int32, and for formats that do not exist."""
     if weight.dtype != torch.int8 or weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"an int8 weight must be int8 [N, K], not {weight.dtype} {list(weight.shape)}")
-    if format.limbs not in (1, 2) or (format.static_scale is not None and format.limbs != 1):
+    if format.limbs not in (1, 2) or format.fp8 or (format.static_scale is not None and format.limbs != 1):
         raise ValueError(f"int8 weights have no product with {format}")
     if format.static_scale is not None and not (format.static_scale > 0 and -128 <= format.zero_point <= 127):
         raise ValueError(f"a static scale must be above 0 and its zero point an int8, not {format}")
@@ -71,8 +73,28 @@ def check_int8(weight: Tensor, zero_point: Tensor | None, *, format: ActivationF
         raise ValueError(f"sums over {group_size} inputs do not fit 32 bits")
 
 
+def check_fp8(weight: Tensor, *, format: ActivationFormat) -> None:
+    """Raise ValueError for what is no product of e4m3."""
+    if weight.dtype != torch.float8_e4m3fn or weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"an fp8 weight must be float8_e4m3fn [N, K], not {weight.dtype} {list(weight.shape)}")
+    if not format.fp8 or format.limbs != 1 or format.zero_point != 0:
+        raise ValueError(f"fp8 weights have no product with {format}")
+    if format.static_scale is not None and not format.static_scale > 0:
+        raise ValueError(f"a static scale must be above 0, not {format.static_scale}")
+
+
+def fp8_scale(scale: Tensor, *, weight: Tensor) -> Tensor:
+    """[1], [N] or [N, 1] as [N, 1] float32. Raises ValueError for anything else."""
+    scale = per_group(scale.float(), weight=weight, name="scale")
+    if scale.shape[1] != 1:
+        raise ValueError(f"fp8 weights have one scale a row, not {scale.shape[1]}")
+    return scale
+
+
 class ReferenceProducts:
-    """`pack_int8`, `pack_float` and `linear` of `interface.Kernels`."""
+    """`pack_int8`, `pack_float` and `linear` of `interface.Kernels`, and `interface.MultipliesFp8`."""
+
+    multiplies_fp8 = False  # slowly: a checkpoint is better converted
 
     def pack_int8(
         self,
@@ -89,6 +111,13 @@ class ReferenceProducts:
         check_int8(weight, zero_point, format=format, group_size=weight.shape[1] // scale.shape[1])
         return ReferenceLinear(weight, format, None if bias is None else bias.float(), scale, zero_point)
 
+    def pack_fp8(
+        self, weight: Tensor, scale: Tensor, *, format: ActivationFormat, bias: Tensor | None = None
+    ) -> ReferenceLinear:
+        check_fp8(weight, format=format)
+        scale = fp8_scale(scale, weight=weight)
+        return ReferenceLinear(weight, format, None if bias is None else bias.float(), scale)
+
     def pack_float(self, weight: Tensor, *, bias: Tensor | None = None) -> ReferenceLinear:
         if not weight.is_floating_point() or weight.dim() != 2:
             raise ValueError(f"a float weight must be float [N, K], not {weight.dtype} {list(weight.shape)}")
@@ -100,7 +129,7 @@ class ReferenceProducts:
             if x.format != weight.format or x.shape[1] != weight.in_features:
                 wanted = f"{weight.format} of {weight.in_features} inputs"
                 raise ValueError(f"the weight multiplies {wanted}, not {x.format} of {x.shape[1]}")
-            y = _integer_product(x, weight)
+            y = _fp8_product(x, weight) if x.format.fp8 else _integer_product(x, weight)
         else:
             if weight.format != FLOAT:
                 raise ValueError(f"the weight multiplies {weight.format}, not floats")
@@ -134,3 +163,13 @@ def _integer_product(x: Quantized, weight: ReferenceLinear) -> Tensor:
         u = t * weight.scale[:, group]
         total = u if num_groups == 1 else total + u
     return total * x.scale[:, None]
+
+
+def _fp8_product(x: Quantized, weight: ReferenceLinear) -> Tensor:
+    """(t · sw) · sx of the contract, [M, N] float32. 128 products of e4m3 add up exactly in float64, in any order."""
+    assert weight.scale is not None
+    total = torch.zeros(x.shape[0], weight.out_features)
+    for first in range(0, weight.in_features, FP8_STEP):
+        columns = slice(first, first + FP8_STEP)
+        total = total + (x.q[0, :, columns].double() @ weight.weight[:, columns].double().T).float()
+    return (total * weight.scale[:, 0]) * x.scale[:, None]

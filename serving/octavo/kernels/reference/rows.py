@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.kernels.interface import LIMB_RANGE, Activation, ActivationFormat, Quantized
+from octavo.kernels.interface import FP8_RANGE, LIMB_RANGE, Activation, ActivationFormat, Quantized
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -20,11 +20,25 @@ def quantize_rows(x: Tensor, absmax: Tensor, *, limbs: int) -> tuple[Tensor, Ten
     Where range / absmax is not finite (absmax below 1e-36) the largest float stands for it.
     """
     bound = LIMB_RANGE[limbs]
+    q = torch.round(x * _inverse(absmax, bound)[:, None]).clamp(-bound, bound)
+    return q.int(), absmax / bound
+
+
+def _inverse(absmax: Tensor, bound: float) -> Tensor:
     # One division: torch computes `number / tensor` as number · (1 / tensor), which rounds twice.
     inverse = (torch.full_like(absmax, bound) / absmax).clamp(max=LARGEST)
-    inverse = torch.where(absmax > 0, inverse, torch.zeros_like(inverse))
-    q = torch.round(x * inverse[:, None]).clamp(-bound, bound)
-    return q.int(), absmax / bound
+    return torch.where(absmax > 0, inverse, torch.zeros_like(inverse))
+
+
+def quantize_fp8(x: Tensor, absmax: Tensor, static_scale: float | None) -> tuple[Tensor, Tensor]:
+    """[M, K] float32 → [M, K] e4m3 and scales [M] float32."""
+    if static_scale is None:
+        inverse, scale = _inverse(absmax, FP8_RANGE), absmax / FP8_RANGE
+    else:
+        scale = torch.full_like(absmax, static_scale)
+        inverse = 1.0 / scale
+    # beyond the largest number the type has no infinity: cut first
+    return (x * inverse[:, None]).clamp(-FP8_RANGE, FP8_RANGE).to(torch.float8_e4m3fn), scale
 
 
 def split_limbs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +48,7 @@ def split_limbs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ReferenceRows:
-    """The row operations of `interface.Kernels`. A `Quantized.q` here is [limbs, M, K] int8."""
+    """The row operations of `interface.Kernels`. A `Quantized.q` here is [limbs, M, K] int8 or e4m3."""
 
     def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
         return table[token_ids].float()
@@ -46,6 +60,9 @@ class ReferenceRows:
         if format.limbs == 0:
             return x
         shape = (int(x.shape[0]), int(x.shape[1]))
+        if format.fp8:
+            q, scale = quantize_fp8(x, self.absmax(x) if absmax is None else absmax, format.static_scale)
+            return Quantized(q[None], scale, shape, format)
         if format.static_scale is not None:
             scale = torch.full((shape[0],), format.static_scale, dtype=torch.float32)
             q = torch.round(x * (1.0 / scale[:, None])) + format.zero_point
