@@ -9,7 +9,9 @@ import json
 import socket
 import statistics
 import time
+from http.client import HTTPResponse
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -25,8 +27,8 @@ from server.conftest import make_server
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 READERS, GRPC_READERS = 1000, 50
-TOKENS = 400  # with 20 log probabilities each: some 600 kB, twice what the buffers of one connection hold
-GROWTH_MB = {"gateway-1": 500, "triton": 500, "stub": 1000, "engine": 300, "node": 50}
+TOKENS = 400  # with 20 log probabilities each: some 600 kB, several times what the buffers of one connection hold
+GROWTH_MB = {"gateway-1": 250, "triton": 250, "stub": 400, "engine": 300, "node": 50}
 OWN_CHANNEL = [("grpc.use_local_subchannel_pool", 1)]
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
 
@@ -51,6 +53,24 @@ def ask_and_never_read(port: int, number: int) -> socket.socket:
     raw = json.dumps(slow_body(number)).encode()
     connection.sendall(POST % (len(raw), raw))
     return connection
+
+
+def read_on(connection: socket.socket) -> list[dict[str, Any]]:
+    """The lines of a reader that comes back."""
+    connection.settimeout(30)
+    response = HTTPResponse(connection)
+    response.begin()
+    return [json.loads(line) for line in response.read().splitlines()]
+
+
+def check_complete(said: list[dict[str, Any]]) -> None:
+    """One answer, whole, in order, ended once."""
+    assert [one["send_idx"] for one in said] == list(range(len(said)))
+    assert sum(one["is_end"] for one in said) == 1
+    assert (said[-1]["finish_reason"], said[-1]["tokens_all_num"]) == ("length", TOKENS)
+    assert sum(len(one["token_ids"]) for one in said) == TOKENS
+    assert sum(len(one.get("logprobs", ())) for one in said) == TOKENS
+    assert "".join(one["token"] for one in said) == said[-1]["tokens_all"]
 
 
 def latency(http: httpx.Client) -> float:
@@ -85,8 +105,9 @@ def test_a_thousand_slow_readers(tmp_path: Path, row: Row) -> None:
         before, calm = victim.footprint(), statistics.median(latency(http) for _ in range(15))
         with contextlib.ExitStack() as opened:
             port = server.port("PUSH_MODE_HTTP_PORT")
-            for number in range(READERS):
-                opened.enter_context(contextlib.closing(ask_and_never_read(port, number)))
+            readers = [
+                opened.enter_context(contextlib.closing(ask_and_never_read(port, number))) for number in range(READERS)
+            ]
             row.streams = READERS
             wait_generated(victim, READERS)
             beside = statistics.median(latency(http) for _ in range(15))
@@ -95,6 +116,8 @@ def test_a_thousand_slow_readers(tmp_path: Path, row: Row) -> None:
             print("front end:", victim.health()["frontend"])
             assert beside <= 3 * calm + 0.1
             assert all(memory[name] <= most for name, most in GROWTH_MB.items() if name in memory), memory
+            for number in (0, READERS // 2, READERS - 1):
+                check_complete(read_on(readers[number]))
         victim.wait_idle(seconds=30)
         wait_until(
             lambda: victim.leaks(before, descriptors=40) == [],

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from frontend.conftest import House, Inbox, wait_for
-from octavo.frontend import carriers
+from octavo.frontend import carriers, compose
 from octavo.protocol.carrier import Carried, carried_decoder
 
 
@@ -158,14 +158,122 @@ def test_a_paused_request_keeps_its_tokens_and_others_go_on(house: House) -> Non
     assert "".join(one["token"] for one in messages) == messages[-1]["tokens_all"]
 
 
-def test_a_paused_request_still_ends(house: House) -> None:
+def held_end(house: House, orders: Orders, **body: Any) -> None:
+    """Request 1 is paused and, at the engine, over."""
+    orders.run(1, **body)
+    wait_for(lambda: orders.stream.of(1))
+    orders.send("pause", 1)
+    wait_for(lambda: house.op("info")["frontend"]["unread"] == 1)
+
+
+def read_on(orders: Orders) -> list[dict[str, Any]]:
+    """Ask for piece after piece until the request has ended."""
+    read = len(orders.stream.of(1))
+    while not orders.stream.has_ended(1):
+        orders.send("resume", 1)
+        wait_for(lambda so_far=read: len(orders.stream.of(1)) > so_far)
+        read = len(orders.stream.of(1))
+    return orders.stream.whole(1)
+
+
+def test_the_end_of_a_paused_request_waits_for_its_reader(house: House) -> None:
     house.ready(rate=1000.0)
     orders = Orders(house)
-    orders.run(1, max_dec_len=100)
+    held_end(house, orders, max_dec_len=100)
+    said = len(orders.stream.of(1))
+    time.sleep(0.2)
+    assert len(orders.stream.of(1)) == said, "nothing leaves"
+    orders.send("resume", 1)
+    wait_for(lambda: orders.stream.has_ended(1))
+    messages = orders.stream.whole(1)
+    assert messages[-1]["tokens_all_num"] == 100
+    assert "".join(one["token"] for one in messages) == messages[-1]["tokens_all"]
+    wait_for(lambda: house.op("info")["frontend"]["unread"] == 0)
+
+
+@pytest.mark.parametrize("body", [{}, {"logprobs": 3}, {"stop": ["never said"]}, {"logprobs": 1, "n": 2}])
+def test_what_was_held_back_comes_in_pieces(house: House, monkeypatch: pytest.MonkeyPatch,
+                                            body: dict[str, Any]) -> None:
+    monkeypatch.setattr(compose, "PIECE_BYTES", 1500)
+    house.ready(rate=3000.0)
+    alone = house.ask(req_id="r0", text="x", infer_seed=7, max_dec_len=400, return_all_tokens=True, **body)
+    orders = Orders(house)
+    held_end(house, orders, max_dec_len=400, return_all_tokens=True, **body)
+    messages = read_on(orders)
+    pieces = [message for message in orders.stream.of(1) if message.more]
+    assert len(pieces) >= 2
+    assert all(len(message.whole) < 4000 for message in pieces)
+    for index in range(body.get("n", 1)):
+        said, there = ([one for one in every if one.get("index", 0) == index] for every in (messages, alone))
+        assert sum(one["is_end"] for one in said) == 1
+        for name in ("tokens_all", "tokens_all_ids", "usage", "finish_reason"):
+            assert said[-1][name] == there[-1][name]
+        assert [one["send_idx"] for one in said] == list(range(len(said)))
+        assert [token for one in said for token in one["token_ids"]] == there[-1]["tokens_all_ids"]
+        if "logprobs" in body:
+            assert [entry for one in said for entry in one["logprobs"]] == [
+                entry for one in there for entry in one["logprobs"]
+            ]
+
+
+def test_a_reader_that_has_caught_up_gets_each_message_again(house: House) -> None:
+    house.ready(rate=500.0)
+    orders = Orders(house)
+    orders.run(1, max_dec_len=500)
+    wait_for(lambda: orders.stream.of(1))
+    orders.send("pause", 1)
+    orders.send("resume", 1)
+    wait_for(lambda: len(orders.stream.of(1)) > 100)
+    assert not any(message.more for message in orders.stream.of(1))
+
+
+def test_a_reader_that_leaves_what_is_held_ends_it(house: House) -> None:
+    house.ready(rate=1000.0)
+    orders = Orders(house)
+    held_end(house, orders, max_dec_len=50)
+    assert house.op("abort", req_id="r1")["aborted"] is True, "its end was not sent"
+    orders.send("leave", 1)
+    wait_for(lambda: house.op("info")["frontend"]["unread"] == 0)
+    assert house.op("abort", req_id="r1")["aborted"] is False
+    assert not orders.stream.has_ended(1)
+
+
+def test_a_receiver_that_is_gone_ends_what_is_held_for_it(house: House) -> None:
+    house.ready(rate=1000.0)
+    orders = Orders(house)
+    held_end(house, orders, max_dec_len=50)
+    orders.stream.gone.set()
+    wait_for(lambda: house.op("info")["frontend"]["unread"] == 0)
+    check = house.ask(req_id="r1", text="x", max_dec_len=2)
+    assert check[-1]["is_end"] == 1, "the name is free"
+
+
+def test_what_was_generated_in_time_waits_for_its_reader_beyond(house: House) -> None:
+    house.ready(rate=1000.0)
+    orders = Orders(house)
+    held_end(house, orders, max_dec_len=50, timeout=0.3)
+    time.sleep(0.5)
+    assert read_on(orders)[-1]["tokens_all_num"] == 50
+
+
+def test_a_paused_request_that_takes_too_long_ends_at_once(house: House) -> None:
+    house.ready(rate=100.0)
+    orders = Orders(house)
+    orders.run(1, max_dec_len=500, timeout=0.4)
     wait_for(lambda: orders.stream.of(1))
     orders.send("pause", 1)
     wait_for(lambda: orders.stream.has_ended(1))
-    assert orders.stream.whole(1)[-1]["tokens_all_num"] == 100
+    assert orders.stream.whole(1)[-1]["error_code"] == 408
+    assert house.op("info")["frontend"]["unread"] == 0
+
+
+def test_draining_ends_what_nobody_reads_with_503(house: House) -> None:
+    house.ready(rate=1000.0)
+    orders = Orders(house)
+    held_end(house, orders, max_dec_len=50)
+    house.op("drain", end=True)
+    wait_for(lambda: orders.stream.has_ended(1))
+    assert orders.stream.whole(1)[-1]["error_code"] == 503
 
 
 def test_a_request_that_is_left_is_aborted_and_says_no_more(house: House) -> None:

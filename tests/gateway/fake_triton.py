@@ -153,6 +153,7 @@ class FakeTriton:
         self.triton_error: str | None = None
         self.stall_on: Callable[[dict], bool] = lambda request: False
         self.disable_streaming = False
+        self.num_bytes = 0  # sent
         self.lost_carriers = 0  # how many of the next requests come on a carrier that is not known
         for log in (self.requests, self.ops, self.aborts, self.cancelled, self.orders):
             log.clear()
@@ -185,6 +186,7 @@ class FakeTriton:
             while (response := await out.get()) is not None:
                 if isinstance(response, Exception):
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+                self.num_bytes += response.ByteSize()
                 yield response
         finally:
             await stream.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -14,6 +15,8 @@ import requests
 from gateway.conftest import Stack, until
 from gateway.fake_triton import WORDS
 from octavo.gateway import carrier, upstream
+from octavo.protocol.carrier import Carried
+from octavo.protocol.errors import RequestTimeout
 
 
 def ops(stack: Stack) -> list[str]:
@@ -168,3 +171,63 @@ def test_a_request_whose_time_is_over_is_taken_off_the_stream(make_stack, monkey
     answer = requests.post(f"{stack.url}/v1/completions", json=body, timeout=10)
     assert answer.status_code == 408
     until(lambda: "leave" in ops(stack))
+
+
+class Orders:
+    """Stands for a carrier: what its mailboxes ask of it."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, int]] = []
+
+    def order(self, op: str, tag: int) -> None:
+        self.given.append((op, tag))
+
+
+def mailbox() -> tuple[carrier.Mailbox, list[tuple[str, int]]]:
+    orders = Orders()
+    return carrier.Mailbox(orders, 1), orders.given  # type: ignore[arg-type]
+
+
+async def test_a_piece_is_followed_by_the_next_one_once_it_is_taken() -> None:
+    box, orders = mailbox()
+    for number in range(3):
+        box.put(Carried(1, whole=b"x", more=True))
+        assert orders == [("resume", 1)] * number, "not before it is taken"
+        assert len(await box.take()) == 1
+    box.put(Carried(1, whole=b"last"))
+    assert (await box.take())[0].whole == b"last"
+    assert orders == [("resume", 1)] * 3
+
+
+async def test_a_reader_that_waits_for_a_piece_asks_for_the_next_one() -> None:
+    box, orders = mailbox()
+    taking = asyncio.ensure_future(box.take())
+    await asyncio.sleep(0)
+    box.put(Carried(1, whole=b"x", more=True))
+    assert len(await taking) == 1
+    assert orders == [("resume", 1)]
+
+
+async def test_the_time_of_a_request_that_waits_for_its_reader_is_not_over() -> None:
+    box, _ = mailbox()
+    box.put(Carried(1, whole=b"x", more=True))
+    box.expire()
+    await box.take()
+    box.put(Carried(1, whole=b"last"))
+    assert (await box.take())[0].whole == b"last"
+    box.expire()
+    with pytest.raises(RequestTimeout):
+        await box.take()
+
+
+def test_a_slow_reader_costs_this_process_little(make_stack) -> None:
+    """What a connection that is not read can make the gateway take from the model."""
+    stack = make_stack()
+    stack.fake.words = ["word " * 50] * 4000
+    body = json.dumps({"text": "x", "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", stack.port), timeout=20) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        until(lambda: "pause" in ops(stack))
+        time.sleep(0.3)
+        assert stack.fake.num_bytes <= 300_000, "of the million and more that it asked for"

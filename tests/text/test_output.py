@@ -170,3 +170,28 @@ def test_long_stop_strings_are_found(stops: list[str]) -> None:
     out = output(*stops)
     run(out, ids_of("x" + stops[0] + "x"))
     assert (out.text, out.stopped_by) == ("x", stops[0])
+
+
+@given(st.lists(st.sampled_from([*LETTERS.values(), *(TOKENIZER._library.token_to_id(name) for name in "Ã©")])),
+       st.integers(1, 5), st.sampled_from([(), ("abx",), ("b", "xy")]))
+def test_pieces_join_to_the_whole_and_end_where_a_message_could(ids: list[int], limit: int, stops: tuple[str, ...]
+                                                                 ) -> None:
+    whole, out = output(*stops), output(*stops)
+    messages = run(whole, ids)
+    borders = {0}
+    for _, said in messages:
+        borders.add(max(borders) + len(said))
+    for token_id in ids:
+        if out.feed(token_id):
+            break
+    out.finish()
+    text, taken = "", []
+    while out.num_free > limit:
+        part, said, first = out.take(limit)
+        assert said, "each piece brings the reader on"
+        assert first == len(taken)
+        text, taken = text + part, taken + said
+        assert len(taken) in borders
+    part, said, _ = out.take(limit)
+    assert (text + part, taken + said) == (whole.text, whole.token_ids)
+    assert (out.text, out.num_free) == (whole.text, 0)

@@ -289,8 +289,8 @@ class Registry:
             self._post(state, verdict)
 
     def _post(self, state: RequestState, verdict: OctavoError) -> None:
-        if state.verdict is None and not state.done:
-            state.verdict = verdict
+        if not state.done:
+            state.verdict = state.verdict or verdict
             self._queue(state)
 
     def _queue(self, state: RequestState) -> None:
@@ -327,6 +327,11 @@ class Registry:
         with self._lock:
             waiting = self._num_waiting()
             return len(self._by_seq_id) - waiting, waiting
+
+    def num_unread(self) -> int:
+        """Requests that the engine is done with and whose last message has not left: their readers are behind."""
+        with self._lock:
+            return sum(state.generated for state in self._requests.values())
 
 
 def _shown(req_id: str) -> str:

@@ -109,13 +109,14 @@ def _batches(messages: list[Carried]) -> Iterator[list[Carried]]:
 class CarriedSink:
     """The answers of one request on a carrier."""
 
-    __slots__ = ("_carrier", "_tag", "bare", "gone", "paused")
+    __slots__ = ("_carrier", "_tag", "bare", "behind", "gone", "paused")
 
     def __init__(self, carrier: Carrier, tag: int) -> None:
         self._carrier = carrier
         self._tag = tag
         self.bare = False  # delivery: tokens are enough from here on, the first message said the rest
-        self.paused = False  # its reader is behind
+        self.paused = False  # its reader is behind: nothing is sent
+        self.behind = False  # it was, and much may be held back: it is sent in pieces, each asked for
         self.gone = False  # nobody waits for it
 
     def send(self, payload: bytes, final: bool) -> None:
@@ -134,6 +135,13 @@ class CarriedSink:
         if self.gone:
             raise SinkClosed(_LEFT)
         self._carrier.put(Carried(self._tag, token, token_ids, send_idx))
+
+    def send_piece(self, payload: bytes) -> None:
+        """Send a message that is not the last of what is held back, and pause. Raises SinkClosed."""
+        if self.gone:
+            raise SinkClosed(_LEFT)
+        self.paused = True  # before the reader can ask for more
+        self._carrier.put(Carried(self._tag, whole=payload, more=True))
 
     def cancelled(self) -> bool:
         return self.gone or self._carrier.closed
@@ -186,6 +194,7 @@ class Carriers:
         if order.op == "leave":
             known.gone = True
             carrier.sinks.pop(order.tag, None)
+        known.behind = True
         known.paused = order.op == "pause"
         if not known.paused:
             self._wake_up(known)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
+import msgspec
 from msgspec import UNSET
 
 from octavo.frontend.state import RequestState, SequenceState
 from octavo.protocol.answers import Logprob, PromptTokensDetails, TokenOut, TopLogprob, Usage
 from octavo.protocol.messages import TokenLogprobs
+
+PIECE_BYTES = 24 << 10
+TOKEN_BYTES = 12  # of a message, for each token, ...
+LISTED_BYTES = 64  # ... and for each one whose log probability is listed there
+
+encode_logprobs = msgspec.msgpack.Encoder().encode  # a tenth of the memory while they wait
+_decode_logprobs = msgspec.msgpack.Decoder(TokenLogprobs).decode
 
 
 class Composer:
@@ -23,22 +32,33 @@ class Composer:
         """Whether a message in the middle of the output says nothing but its tokens."""
         return len(state.sequences) == 1 and state.request.logprobs is None and not self._last_only
 
-    def next_message(self, state: RequestState, sequence: SequenceState) -> TokenOut | None:
-        """What a choice has to say now, if anything. With `finish` set it is its last message."""
+    def piece_tokens(self, state: RequestState) -> int:
+        """How many tokens make about PIECE_BYTES of messages."""
+        if self._last_only:
+            return sys.maxsize
+        num_listed = 0 if state.request.logprobs is None else 1 + state.request.logprobs
+        return max(1, PIECE_BYTES // (TOKEN_BYTES + num_listed * LISTED_BYTES))
+
+    def next_message(self, state: RequestState, sequence: SequenceState, *, limit: int | None = None
+                     ) -> TokenOut | None:
+        """What a choice has to say now, if anything. With `finish` set it is its last message, unless there are more
+        tokens than `limit`.
+        """
         finish, output = sequence.finish, sequence.output
         if sequence.closed or (finish is None and (self._last_only or not output.has_free)):
             return None
-        text, token_ids, first = output.take()
+        text, token_ids, _ = output.take(limit)
         message = TokenOut(state.req_id, text, token_ids, sequence.send_idx, 0, state.seed)
         sequence.send_idx += 1
         if len(state.sequences) > 1:
             message.index = sequence.index
         if state.request.logprobs is not None:
-            first -= sequence.num_replayed
-            message.logprobs = sequence.logprobs[first : first + len(token_ids)]
+            entries = [_decode_logprobs(entry) for entry in sequence.logprobs[: len(token_ids)]]
+            del sequence.logprobs[: len(token_ids)]
+            message.logprobs = self.logprobs(entries)
         if message.send_idx == 0:
             self._add_prompt(state, sequence, message)
-        if finish is not None:
+        if finish is not None and not output.has_free:
             self._add_totals(state, sequence, message)
         return message
 

@@ -2,7 +2,8 @@
 
 It alone owns the output of sequences and it alone sends after a request was accepted. For each request with something
 pending it sends one message a choice, however many tokens came since the last one: one token a message while it keeps
-up. A request ends here: its req_id is free before its last message, which has the FINAL flag, leaves.
+up. A request whose reader is behind says nothing until that one asks, and then goes on in pieces. A request ends here:
+its req_id is free before its last message, which has the FINAL flag, leaves.
 
 What goes to a carrier is collected while there is something to deliver, and leaves as a batch when there is nothing
 any more, but not sooner after the last batch than PACE_SECONDS for each request that it spoke for: a batch costs the
@@ -23,9 +24,9 @@ import msgspec
 from octavo.frontend import reporting
 from octavo.frontend.admission import Registry
 from octavo.frontend.carriers import CarriedSink, Carrier
-from octavo.frontend.compose import Composer
+from octavo.frontend.compose import Composer, encode_logprobs
 from octavo.frontend.metrics import Metrics
-from octavo.frontend.sink import SinkClosed
+from octavo.frontend.sink import Sink, SinkClosed
 from octavo.frontend.state import Finish, RequestState, SequenceState
 from octavo.protocol.answers import TokenOut, encode_error
 from octavo.protocol.errors import Cancelled, InternalError, OctavoError
@@ -35,6 +36,7 @@ log = logging.getLogger("octavo.frontend")
 
 PACE_SECONDS = 0.00025  # per request in the last batch
 MAX_PACE_SECONDS = 0.02
+MANY_OUTPUTS = 16  # of a request at once: perhaps too much for one message
 OVERDUE_SECONDS = 0.01  # a batch does not wait longer for the queue to become empty
 
 
@@ -110,11 +112,13 @@ class Delivery:
 
     def _advance(self, state: RequestState, outputs: list[tuple[SequenceState, SequenceOutput]],
                  verdict: OctavoError | None) -> None:
+        if len(outputs) > MANY_OUTPUTS and isinstance(state.sink, CarriedSink):
+            state.sink.behind = True  # as far as this thread knows
         for sequence, output in outputs:
             if sequence.finish is None:
                 error = self._feed(state, sequence, output)
                 verdict = error or verdict
-        if verdict is not None and any(sequence.finish is None for sequence in state.sequences):
+        if verdict is not None and any(not sequence.closed for sequence in state.sequences):
             if not isinstance(verdict, Cancelled):
                 self._fail(state, verdict)
                 return
@@ -129,7 +133,7 @@ class Delivery:
         if reason == "stop" and token_ids:
             sequence.end_token, token_ids = token_ids[-1], token_ids[:-1]
         if output.logprobs is not None:
-            sequence.logprobs += self._composer.logprobs(output.logprobs[: len(token_ids)])
+            sequence.logprobs += map(encode_logprobs, output.logprobs[: len(token_ids)])
         feed = sequence.output.feed
         for token_id in token_ids:
             if feed(token_id):
@@ -164,11 +168,31 @@ class Delivery:
         """One message for each choice that has something to say; the last one frees the req_id first."""
         sink = state.sink
         if isinstance(sink, CarriedSink):
+            if sink.paused and not sink.cancelled():
+                return  # what it has to say stays here, its end too
+            if sink.behind and self._send_piece(state, sink):
+                return
             if sink.bare and state.sequences[0].finish is None:
                 self._send_tokens(state, state.sequences[0], sink)
                 return
-            if sink.paused and any(sequence.finish is None for sequence in state.sequences):
-                return
+        self._send_all(state, sink)
+
+    def _send_piece(self, state: RequestState, sink: CarriedSink) -> bool:
+        """To a reader that may be behind: a piece of what there is, and on from there when it asks. False if all there
+        is fits one piece.
+        """
+        limit = self._composer.piece_tokens(state)
+        for sequence in state.sequences:
+            if sequence.output.num_free > limit:
+                message = self._composer.next_message(state, sequence, limit=limit)
+                assert message is not None
+                self._count(state, sequence, message)
+                sink.send_piece(self._encoder.encode([message]))
+                return True
+        sink.behind = False
+        return False
+
+    def _send_all(self, state: RequestState, sink: Sink) -> None:
         messages = []
         for sequence in state.sequences:
             message = self._composer.next_message(state, sequence)
@@ -179,7 +203,8 @@ class Delivery:
             last = over and place == len(messages)
             if last:
                 self._registry.release(state, finished=not state.was_cancelled)
-            self._send_message(state, sequence, message, final=last)
+            self._count(state, sequence, message)
+            sink.send(self._encoder.encode([message]), last)
         if over:
             reporting.finished(state, error=None, now=self._clock())
         elif messages and isinstance(sink, CarriedSink):
@@ -187,7 +212,7 @@ class Delivery:
 
     def _send_tokens(self, state: RequestState, sequence: SequenceState, sink: CarriedSink) -> None:
         """The common case on a carrier: nothing but new tokens of the only choice."""
-        if sink.paused or not sequence.output.has_free:
+        if not sequence.output.has_free:
             return
         text, token_ids, _ = sequence.output.take()
         self._note_sent(state, sequence, len(token_ids), self._clock())
@@ -196,14 +221,14 @@ class Delivery:
         sequence.send_idx = send_idx + 1
         sink.send_tokens(text, token_ids, send_idx)
 
-    def _send_message(self, state: RequestState, sequence: SequenceState, message: TokenOut, *, final: bool) -> None:
+    def _count(self, state: RequestState, sequence: SequenceState, message: TokenOut) -> None:
+        """A message is about to be sent."""
         now = self._clock()
         if message.token_ids:
             self._note_sent(state, sequence, len(message.token_ids), now)
         if message.is_end:
             self._note_end(state, sequence, now)
         self._metrics.messages += 1
-        state.sink.send(self._encoder.encode([message]), final)
 
     def _note_sent(self, state: RequestState, sequence: SequenceState, count: int, now: float) -> None:
         if not sequence.first_sent_at:

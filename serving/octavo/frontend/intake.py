@@ -172,7 +172,6 @@ def _resume(sequence: SequenceState, generated: list[int]) -> None:
     last = generated[-1]
     at_end = last in params.end_token_ids and len(generated) >= params.min_tokens
     words = generated[:-1] if at_end else generated
-    sequence.num_replayed = len(words)
     if output.replay(words[: params.max_tokens]):
         sequence.finish = Finish("stop", output.stopped_by)
     elif at_end:

@@ -75,7 +75,7 @@ class Ops:
             "engine_age": self._clock() - engine.heard_at if engine.heard_at else None,
             "engine_times": {"heard_at": engine.heard_at, "attached_at": engine.attached_at},
             "limits": limits,
-            "frontend": {"pid": os.getpid(), "running": running, "waiting": waiting,
+            "frontend": {"pid": os.getpid(), "running": running, "waiting": waiting, "unread": registry.num_unread(),
                          "accepted": registry.num_accepted, "finished": registry.num_finished,
                          "epoch": engine.epoch},
             "defaults": tokenizer.defaults if tokenizer is not None else {},

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from octavo.frontend.sink import Sink
-from octavo.protocol.answers import Logprob
 from octavo.protocol.errors import OctavoError, Unavailable
 from octavo.protocol.messages import SamplingParams, SequenceOutput, TokenLogprobs
 from octavo.protocol.native import Request
@@ -34,7 +33,6 @@ class SequenceState:
     output: OutputText  # delivery
     received: list[int]  # link: all tokens so far, as a new engine must be told them
     send_idx: int = 0  # delivery: of the next message
-    num_replayed: int = 0  # tokens that came with the request; they have no logprobs here
     seq_id: int = 0  # lock: its name in the engine, another one after each replay
     started: bool = False  # lock: the engine has given tokens
     ended: bool = False  # lock: the engine has said its last word
@@ -44,7 +42,7 @@ class SequenceState:
     finish: Finish | None = None  # delivery (intake, if the request came with all its tokens)
     closed: bool = False  # delivery: its last message was built
     end_token: int | None = None  # delivery: sampled, not in the output
-    logprobs: list[Logprob] = field(default_factory=list)  # delivery
+    logprobs: list[bytes] = field(default_factory=list)  # delivery: of the tokens not sent yet, as msgpack
     prompt_logprobs: list[TokenLogprobs] | None = None  # delivery: until it is sent
     cached_tokens: int = 0  # delivery
     scheduled_at: float = 0.0  # delivery
@@ -72,6 +70,11 @@ class RequestState:
     done: bool = False  # lock: its req_id is free again
     accepted: bool = False  # delivery: a message was sent
     next_check: float = 0.0  # sweeper: when to ask the sink next
+
+    @property
+    def generated(self) -> bool:
+        """No more tokens come."""
+        return all(sequence.ended or sequence.finish is not None for sequence in self.sequences)
 
     @property
     def was_cancelled(self) -> bool:

@@ -53,7 +53,7 @@ class Sweeper:
         now = self._clock()
         due = []
         for state in self._registry.all_requests():
-            if now > state.deadline:
+            if now > state.deadline and not state.generated:  # else it waits for its reader
                 seconds = state.request.timeout
                 self._registry.post(state, RequestTimeout(f"the request's time ({seconds:g} s) is over"))
             elif now >= state.next_check:

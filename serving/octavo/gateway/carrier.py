@@ -22,7 +22,7 @@ from octavo.protocol.errors import OctavoError, RequestTimeout
 
 log = logging.getLogger(__name__)
 
-FULL_BYTES = 64 << 10  # in a mailbox, until its request is paused
+FULL_BYTES = 32 << 10  # in a mailbox, until its request is paused
 ENTRY_BYTES = 128  # what a message takes besides its text
 IDLE_SECONDS = 1.0  # without requests, until the stream is closed: Triton does not end while one is open
 WORN_BYTES = 4 << 20  # received on one stream: Triton keeps all of it until the stream ends
@@ -47,6 +47,7 @@ class Mailbox:
 
     def put(self, message: Carried) -> None:
         self._messages.append(message)
+        self.paused = self.paused or message.more  # it waits by itself until there is room for the next piece
         if self._waiter is not None:
             self._wake()
             return
@@ -58,6 +59,11 @@ class Mailbox:
     def fail(self, failure: Lost | OctavoError) -> None:
         self._failure = self._failure or failure
         self._wake()
+
+    def expire(self) -> None:
+        """Its time is over; not if it waits for its reader: a connection that is not read has a bound of its own."""
+        if not self.paused:
+            self.fail(RequestTimeout("the request's time is over"))
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -109,8 +115,7 @@ class Carrier:
             self._idle = None
         self._last_tag += 1
         box = self._boxes[self._last_tag] = Mailbox(self, self._last_tag)
-        late = RequestTimeout("the request's time is over")
-        box.timer = asyncio.get_running_loop().call_later(max(0.001, seconds), box.fail, late)
+        box.timer = asyncio.get_running_loop().call_later(max(0.001, seconds), box.expire)
         self.order("carry", box.tag, body=body, triton_id=triton_id)
         return box
 

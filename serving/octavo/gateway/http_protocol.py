@@ -19,7 +19,8 @@ MAX_HEAD_BYTES = 64 << 10
 HEAD_SECONDS = 15.0  # from the connection, or the first byte of a later request, to the end of its headers
 MESSAGE_SECONDS = 40.0  # from there to the end of the body: more than bodies.py allows, which answers before it
 LINGER_SECONDS = 1.0  # for a client to read its refusal, though it still sends
-SEND_BUFFER_BYTES = 128 << 10  # what the kernel keeps for a client that does not read; it takes twice that
+SEND_BUFFER_BYTES = 32 << 10  # what the kernel keeps for a client that does not read; it takes twice that
+WRITE_BUFFER_BYTES = 16 << 10  # what this process keeps before whoever writes has to wait
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, times
 SURPLUS = 64  # connections above the limit that are still told so
 
@@ -49,6 +50,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if surplus > SURPLUS:
             transport.abort()
             return
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         _bound_socket(transport.get_extra_info("socket"))
         self._expect(HEAD_SECONDS)
 

@@ -103,12 +103,19 @@ async def answer_native(request: Request, body: dict[str, object], context: Cont
 
 async def _lines(first: Batch, batches: AsyncGenerator[Batch, None], req_id: str) -> AsyncGenerator[bytes, None]:
     async with aclosing(batches):
-        yield _lines_of(first)
+        yield _spent(first)
         try:
             async for batch in guarded(batches):
-                yield _lines_of(batch)
+                yield _spent(batch)
         except OctavoError as error:
             yield _error_line(error, req_id)
+
+
+def _spent(batch: Batch) -> bytes:
+    """The lines of a batch, which is empty then: everyone it went through holds it until its lines are written."""
+    lines = _lines_of(batch)
+    batch.clear()
+    return lines
 
 
 def _lines_of(batch: Batch) -> bytes:

@@ -108,15 +108,25 @@ async def _events(
     async with aclosing(batches):
         try:
             async for number, batch in guarded(_chain(first, batches)):
-                good = list(takewhile(lambda event: event[0].finish_reason != "cancelled", batch))
-                if chunks := b"".join([answer.chunks(number, message) for message, _ in good]):
+                chunks, cancelled = _spent(number, batch, answer)
+                if chunks:
                     yield chunks
-                if len(good) < len(batch):
+                if cancelled:
                     _check_cancelled("cancelled")
         except OctavoError as error:
             yield error_event(openai_error(error))
         else:
             yield answer.last_chunks()
+
+
+def _spent(number: int, batch: Batch, answer: Answer) -> tuple[bytes, bool]:
+    """The chunks of a batch up to a cancellation, and whether there is one. The batch is empty then: everyone it went
+    through holds it until its chunks are written.
+    """
+    good = [message for message, _ in takewhile(lambda event: event[0].finish_reason != "cancelled", batch)]
+    cancelled = len(good) < len(batch)
+    batch.clear()
+    return b"".join([answer.chunks(number, message) for message in good]), cancelled
 
 
 async def _chain(first: Numbered, rest: AsyncIterator[Numbered]) -> AsyncGenerator[Numbered, None]:

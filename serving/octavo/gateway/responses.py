@@ -88,7 +88,7 @@ async def _stop(*tasks: asyncio.Future[Any]) -> None:
 class StreamResponse(Response):
     """Sends what a generator yields, one write each; closes the generator whatever ends it.
 
-    It waits for the connection's write buffer (64 KiB) before it takes the next piece, so a slow reader holds up only
+    It waits for the connection's write buffer (16 KiB) before it takes the next piece, so a slow reader holds up only
     its own request. A client that leaves, or stops reading beyond `seconds`, ends it.
     """
 

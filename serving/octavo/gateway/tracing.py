@@ -137,7 +137,9 @@ class TracedUpstream(Upstream):
             async with aclosing(batches):
                 async for batch in batches:
                     span.note(batch)
-                    yield batch if wants_times else [_without_times(event) for event in batch]
+                    if not wants_times:
+                        batch[:] = map(_without_times, batch)
+                    yield batch
         except OctavoError as error:
             span.fail(error)
             raise

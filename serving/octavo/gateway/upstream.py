@@ -3,7 +3,7 @@
 Lives on the worker's event loop. Owns the channel, the carrier (carrier.py), what each running request has received
 (resume.py) and the background tasks that abort what nobody waits for any more. A carrier that breaks is replaced, and
 its requests are taken up again with the tokens received so far; a request that is left early is aborted by name.
-Knows nothing of HTTP. Memory per request: its received token ids and a mailbox of about 64 KiB; what a slow reader has
+Knows nothing of HTTP. Memory per request: its received token ids and a mailbox of about 32 KiB; what a slow reader has
 not taken stays in the front end as token ids.
 """
 
@@ -40,7 +40,7 @@ FINISH_SECONDS = 1.0  # for Triton to close a stream whose last message is here
 ORDER_BYTES = 4096  # what the envelope of a request takes of a gRPC message
 
 Event = tuple[TokenMessage, bytes] | tuple[Tokens, None]  # a message, and its JSON object if it came as one
-Batch = list[Event]  # never empty
+Batch = list[Event]  # never empty; whoever gets one may empty it
 
 
 class Upstream:

@@ -215,7 +215,7 @@ class Supervisor:
                 log.warning("draining: %s", error.message)
                 info = {}
             front_end = info.get("frontend")
-            if isinstance(front_end, dict) and not (front_end.get("running") or front_end.get("waiting")):
+            if isinstance(front_end, dict) and not any(map(front_end.get, ("running", "waiting", "unread"))):
                 return
             await asyncio.sleep(0.1)
         log.warning("not every request ended in time; ending them")

@@ -21,7 +21,8 @@ class Order(msgspec.Struct, omit_defaults=True):
     """What a worker asks of a carrier.
 
     open: answer here from now on. carry: run `body`, a request object, under `tag`. leave: nobody waits for `tag` any
-    more. pause, resume: whoever reads `tag` is behind; its tokens stay where they are meanwhile. end: close the stream.
+    more. pause, resume: whoever reads `tag` is behind; its tokens and its end stay where they are meanwhile, and come
+    in pieces afterwards. end: close the stream.
     """
 
     carrier: str
@@ -41,6 +42,7 @@ class Carried(msgspec.Struct, array_like=True, omit_defaults=True):
     token_ids: list[int] = []
     send_idx: int = 0
     whole: bytes = b""  # JSON; b"": the fields above are the message
+    more: bool = False  # what was held back goes on after this piece, once it is asked for with a `resume`
 
 
 def order_decoder() -> msgspec.json.Decoder[Order]:

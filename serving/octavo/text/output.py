@@ -13,6 +13,8 @@ Pure; one `OutputText` per sequence, used by the delivery thread alone. The rule
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from octavo.text.detokenizer import Detokenizer
 from octavo.text.stop import StopMatcher, StopStrings
 
@@ -33,7 +35,8 @@ class OutputText:
         self._free = 0  # tokens that may be sent
         self._taken = 0  # tokens that were
         self._sent: list[str] = []  # text of the taken ones
-        self._ready: list[str] = []  # text of the free ones that were not taken
+        self._ready: list[str] = []  # text of the free ones that were not taken, ...
+        self._borders: list[int] = []  # ... and how many tokens are free with each piece of it
         self._held = ""  # text of the others
         self._held_from = 0  # where `_held` begins in the whole text
         self._starts: list[int] = []  # where the others begin in the whole text
@@ -51,6 +54,7 @@ class OutputText:
             self._ready.append(text)
             self._held_from += len(text)
             self._free += 1
+            self._borders.append(self._free)
             return False
         self._starts.append(self._length)
         if self._grow(text):
@@ -99,12 +103,14 @@ class OutputText:
         self._held = self._held[border - self._held_from :]
         self._held_from = border
         self._free += count
+        self._borders.append(self._free)
         del self._starts[:count], self._ends[:count]
 
     def _release_all(self) -> None:
         self._ready.append(self._held)
         self._held_from, self._held = self._length, ""
         self._free = len(self.token_ids)
+        self._borders.append(self._free)
         self._starts.clear()
         self._ends.clear()
 
@@ -127,13 +133,24 @@ class OutputText:
         """There are tokens to take."""
         return self._free > self._taken
 
-    def take(self) -> tuple[str, list[int], int]:
-        """Text and ids that may be sent and were not yet, and the number of the first of those ids."""
-        first, self._taken = self._taken, self._free
-        text = self._ready[0] if len(self._ready) == 1 else "".join(self._ready)
-        self._ready.clear()
+    @property
+    def num_free(self) -> int:
+        """Tokens to take."""
+        return self._free - self._taken
+
+    def take(self, limit: int | None = None) -> tuple[str, list[int], int]:
+        """Text and ids that may be sent and were not yet, and the number of the first of those ids.
+
+        With a `limit` about so many tokens: more where the text of a token is only known with that of later ones.
+        """
+        first, count = self._taken, len(self._ready)
+        if limit is not None and self.num_free > limit:
+            count = bisect_right(self._borders, max(first + limit, self._borders[0]))
+        self._taken = self._borders[count - 1] if count else self._free
+        text = self._ready[0] if count == 1 else "".join(self._ready[:count])
+        del self._ready[:count], self._borders[:count]
         self._sent.append(text)
-        return text, self.token_ids[first : self._free], first
+        return text, self.token_ids[first : self._taken], first
 
     @property
     def text(self) -> str:
