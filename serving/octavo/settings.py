@@ -216,7 +216,7 @@ VARIABLES: tuple[Variable, ...] = (
     _variable(
         "KERNELS",
         "kernels",
-        choice("auto", "reference", "avx2", "avx512", "gpu"),
+        choice("auto", "reference", "avx2", "avx512", "amx", "gpu"),
         "auto",
         "kernel backend; auto: the fastest one that passes its self-test here",
     ),

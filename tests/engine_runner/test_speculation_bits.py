@@ -65,7 +65,7 @@ def said(outputs: Sequence[SequenceOutput]) -> tuple[list[int], list[object], st
     return tokens, logprobs, outputs[-1].finish_reason
 
 
-@pytest.mark.parametrize("kernels", ["reference", "avx2", "avx512"])
+@pytest.mark.parametrize("kernels", ["reference", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize("int8_cache", ["1", "0"])
 def test_the_same_bits_alone_and_in_a_crowd_with_and_without_drafts(
     load: LoadRunner, kernels: str, int8_cache: str

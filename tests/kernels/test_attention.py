@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backends import MakeKernels
+from kernels.backends import COMPILED, MakeKernels
 from kernels.steps import Run, Sequences, angles, blocks_for, layout_of, random_rows
 from octavo.kernels.interface import CacheSpec, HeadLayout, Kernels, LayerCache
 
@@ -101,7 +101,7 @@ def fed_by_chunks(
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("num_heads", [4, 2])
-@pytest.mark.parametrize("variant", ["avx512", "avx2"])
+@pytest.mark.parametrize("variant", COMPILED)
 def test_a_row_has_the_same_bits_however_it_was_computed(
     make_kernels: MakeKernels, variant: str, num_heads: int, window: int | None, dtype: torch.dtype
 ) -> None:
@@ -121,7 +121,7 @@ def test_the_reference_gives_a_row_the_same_bits_however_it_was_computed(referen
 
 
 @pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
-@pytest.mark.parametrize("variant", ["avx512", "avx2"])
+@pytest.mark.parametrize("variant", COMPILED)
 def test_decode_has_the_bits_of_the_prompt_at_every_head_size(
     make_kernels: MakeKernels, variant: str, head_dim: int
 ) -> None:
@@ -137,7 +137,7 @@ def test_decode_has_the_bits_of_the_prompt_at_every_head_size(
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
-@pytest.mark.parametrize("variant", ["avx512", "avx2"])
+@pytest.mark.parametrize("variant", COMPILED)
 def test_a_long_context_split_over_threads_keeps_its_bits(
     make_kernels: MakeKernels, variant: str, dtype: torch.dtype
 ) -> None:
@@ -155,7 +155,7 @@ def test_a_long_context_split_over_threads_keeps_its_bits(
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 8, 64, None), (15, 5, 64, 90), (16, 8, 80, None)])
-@pytest.mark.parametrize("variant", ["avx512", "avx2"])
+@pytest.mark.parametrize("variant", COMPILED)
 def test_a_crowd_that_decodes_has_the_bits_of_each_alone(
     make_kernels: MakeKernels, variant: str, shape: tuple[int, int, int, int | None], dtype: torch.dtype
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -15,8 +16,10 @@ from torch import Tensor
 from kernels.backends import MakeKernels
 from octavo.kernels import choose as choosing
 from octavo.kernels.choose import NoSuchKernels, choose, cpu_flags, self_test
+from octavo.kernels.cpu import backend
 from octavo.kernels.cpu import build as building
 from octavo.kernels.cpu.build import BuildError, build, is_current
+from octavo.kernels.cpu.library import create_pool
 from octavo.kernels.interface import Activation, ActivationFormat, Kernels, PackedLinear
 from octavo.kernels.reference import ReferenceKernels
 
@@ -29,12 +32,28 @@ def test_the_reference_can_be_asked_for_by_name() -> None:
 
 
 def test_auto_takes_the_best_variant_of_this_processor(make_kernels: MakeKernels) -> None:
-    expected = make_kernels("avx512" if "avx512_vnni" in cpu_flags() else "avx2", 2).name
-    assert choose("auto", device=CPU, num_threads=2).name == expected
+    best = "amx" if "amx_int8" in cpu_flags() else "avx512" if "avx512_vnni" in cpu_flags() else "avx2"
+    assert choose("auto", device=CPU, num_threads=2).name == make_kernels(best, 2).name
+
+
+def test_without_permission_for_tile_registers_auto_takes_the_next_best(
+    make_kernels: MakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_kernels("amx", 1)
+
+    def refused(library: ctypes.CDLL, num_threads: int, *, tiles: bool, owner: object) -> int:
+        if tiles:
+            raise OSError("tile registers are not to be had")
+        return create_pool(library, num_threads, tiles=tiles, owner=owner)
+
+    monkeypatch.setattr(backend, "create_pool", refused)
+    assert choose("auto", device=CPU, num_threads=1).name == "avx512"
+    with pytest.raises(NoSuchKernels, match="the amx library does not load: tile registers are not to be had"):
+        choose("amx", device=CPU)
 
 
 def test_unknown_names_and_devices_are_refused_in_one_clear_sentence() -> None:
-    with pytest.raises(NoSuchKernels, match="there are auto, reference, avx2 and avx512"):
+    with pytest.raises(NoSuchKernels, match="there are auto, reference, avx2, avx512, amx"):
         choose("sse2", device=CPU)
     with pytest.raises(NoSuchKernels, match="no kernels for device cuda"):
         choose("auto", device=torch.device("cuda"))

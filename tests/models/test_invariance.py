@@ -35,7 +35,7 @@ def _prompts() -> list[list[int]]:
     return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-@pytest.mark.parametrize("kernels", ["reference", "avx2", "avx512"])
+@pytest.mark.parametrize("kernels", ["reference", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize(("name", "weight_quant"), CASES)
 def test_bits_do_not_depend_on_chunks(folders: dict[str, Path], name: str, weight_quant: str, kernels: str) -> None:
     harness = _load(folders[name], weight_quant=weight_quant, kernels=kernels)
@@ -45,7 +45,7 @@ def test_bits_do_not_depend_on_chunks(folders: dict[str, Path], name: str, weigh
         assert torch.equal(harness.prefill(prompt, chunk=chunk, slot=slot), whole)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "avx2", "avx512"])
+@pytest.mark.parametrize("kernels", ["reference", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize(("name", "weight_quant"), CASES)
 def test_bits_do_not_depend_on_the_batch(folders: dict[str, Path], name: str, weight_quant: str, kernels: str) -> None:
     harness = _load(folders[name], weight_quant=weight_quant, kernels=kernels)

@@ -21,10 +21,10 @@ from octavo.kernels.reference import ReferenceKernels
 
 log = logging.getLogger(__name__)
 
-NEEDED_FLAGS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"},
-    "avx2": {"avx2", "fma", "f16c"},
-}
+_AVX2 = {"avx2", "fma", "f16c"}
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", *_AVX2}
+NEEDED_FLAGS = {"amx": {"amx_tile", "amx_int8", *_AVX512}, "avx512": _AVX512, "avx2": _AVX2}  # best first
+EXTREME_ROWS = 40  # of the self-test: enough for every kernel that a number of rows selects
 IN_PLACE = Path(__file__).resolve().parent / "cpu"
 
 
@@ -35,11 +35,11 @@ class NoSuchKernels(ValueError):
 def choose(
     name: str, *, device: torch.device, num_threads: int | None = None, library_folder: Path | None = None
 ) -> Kernels:
-    """The backend `name` ("auto", "reference", "avx2", "avx512"), proven by its self-test. Raises NoSuchKernels.
+    """The backend `name` ("auto", "reference", "avx2", "avx512", "amx"), proven by its self-test. Raises NoSuchKernels.
 
     A CUDA device has one backend, which "auto" and "gpu" name.
 
-    "auto" takes the first of avx512, avx2 and reference that works, and warns in one line when that is the
+    "auto" takes the first of amx, avx512, avx2 and reference that works, and warns in one line when that is the
     reference. Libraries are looked for in `library_folder` (default: beside the sources, else a folder of the
     user's) and built there if they are missing.
     """
@@ -50,7 +50,7 @@ def choose(
     if name == "reference":
         return ReferenceKernels()
     if name not in ("auto", *NEEDED_FLAGS):
-        raise NoSuchKernels(f"no kernels named {name}: there are auto, reference, avx2 and avx512")
+        raise NoSuchKernels(f"no kernels named {name}: there are auto, reference, {', '.join(reversed(NEEDED_FLAGS))}")
     reasons = []
     for variant in NEEDED_FLAGS if name == "auto" else (name,):
         try:
@@ -150,7 +150,7 @@ def _extreme_error(kernels: Kernels, *, limbs: int, width: int) -> float:
     format = ActivationFormat(limbs)
     largest = int(LIMB_RANGE[limbs])
     generator = torch.Generator().manual_seed(width)
-    integers = torch.randint(-largest, largest + 1, (5, width), generator=generator)  # [5, width]
+    integers = torch.randint(-largest, largest + 1, (EXTREME_ROWS, width), generator=generator)
     integers[:3] = torch.tensor([[largest], [-largest], [32384 if limbs == 2 else 127]])  # 32384: hi 127, lo -128
     integers[:, 0] = largest  # so the scale is 1 and quantising gives these integers back
     weight = torch.randint(-128, 128, (37, width), generator=generator, dtype=torch.int8)  # [37, width]

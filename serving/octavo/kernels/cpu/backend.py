@@ -36,12 +36,14 @@ class CpuKernels(CpuProducts, CpuRows, CpuAttention, CpuMoe, CpuLayers, CpuSampl
     def __init__(self, variant: str, *, folder: Path, num_threads: int | None = None) -> None:
         """Load the library of `variant` from `folder` and start its threads (default: one per processor allowed).
 
-        Raises OSError if it cannot be loaded. Running it on a processor without `variant` is fatal: ask `choose`
-        instead.
+        "amx" is "avx512" with tile registers. Raises OSError if it cannot be loaded. Running it on a
+        processor without `variant` is fatal: ask `choose` instead.
         """
         self.name = variant
         self.device = torch.device("cpu")
-        self._lib = load_library(library_path(folder, variant), SIGNATURES)
-        self._quick = load_library(library_path(folder, variant), SIGNATURES, opener=ctypes.PyDLL)
-        self._pool = create_pool(self._lib, num_threads or len(os.sched_getaffinity(0)), owner=self)
+        path = library_path(folder, variant)
+        self._lib = load_library(path, SIGNATURES)
+        self._quick = load_library(path, SIGNATURES, opener=ctypes.PyDLL)
+        threads = num_threads or len(os.sched_getaffinity(0))
+        self._pool = create_pool(self._lib, threads, tiles=variant == "amx", owner=self)
         self._memory = WeightMemory(self._lib)

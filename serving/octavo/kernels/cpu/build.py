@@ -1,4 +1,5 @@
-"""Compiles csrc/*.cpp into two shared libraries, one for AVX2 and one for AVX-512 with VNNI, from the same sources.
+"""Compiles csrc/*.cpp into two shared libraries from the same sources: for AVX2, and for AVX-512 with VNNI (and AMX,
+where g++ knows it).
 
 `python -m octavo.kernels.cpu.build [folder]` builds in place. A stamp with a hash of sources and flags sits beside
 each library, so a second build does nothing. Knows g++ and files; knows nothing of torch or of what the functions do.
@@ -31,8 +32,8 @@ class BuildError(RuntimeError):
 
 
 def library_path(folder: Path, variant: str) -> Path:
-    """Where the library of `variant` ("avx2", "avx512") lies in `folder`."""
-    return folder / f"liboctavo_cpu_{variant}.so"
+    """Where the library of `variant` ("avx2", "avx512", "amx") lies in `folder`; the last two share one."""
+    return folder / f"liboctavo_cpu_{'avx512' if variant == 'amx' else variant}.so"
 
 
 def build(output_dir: Path, *, sources: Path = SOURCES) -> Path | None:

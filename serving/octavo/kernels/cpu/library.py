@@ -53,7 +53,7 @@ def load_library(
     Raises OSError if the file is missing or not for this machine, AttributeError if a function is missing.
     """
     library = opener(str(path))
-    library.octavo_pool_create.argtypes = [ctypes.c_int64]
+    library.octavo_pool_create.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.octavo_pool_create.restype = ctypes.c_void_p
     library.octavo_pool_destroy.argtypes = [ctypes.c_void_p]
     library.octavo_pool_destroy.restype = None
@@ -64,11 +64,16 @@ def load_library(
     return library
 
 
-def create_pool(library: ctypes.CDLL, num_threads: int, *, owner: object) -> int:
-    """A pool of `num_threads` (the caller is one of them) that ends with `owner`."""
+def create_pool(library: ctypes.CDLL, num_threads: int, *, tiles: bool, owner: object) -> int:
+    """A pool of `num_threads` (the caller is one of them) that ends with `owner`.
+
+    Raises OSError if `tiles` (AMX) are wanted and Linux, or the compiler of the library, does not give them.
+    """
     if not 1 <= num_threads <= 1024:
         raise ValueError(f"num_threads must be from 1 to 1024, not {num_threads}")
-    handle = int(library.octavo_pool_create(num_threads))
+    handle = library.octavo_pool_create(num_threads, int(tiles))
+    if handle is None:
+        raise OSError("tile registers are not to be had: they need Linux 5.16 and a library built by g++ 11")
     weakref.finalize(owner, library.octavo_pool_destroy, handle)
     return handle
 

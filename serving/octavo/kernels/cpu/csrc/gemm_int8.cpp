@@ -4,60 +4,17 @@
 #include <algorithm>
 #include <memory>
 
-#include "gemm.h"
+#include "gemm_tiles.h"
+#include "product_int8.h"
 
 namespace octavo {
 namespace {
-
-struct Product {
-  const Int8Weights* w;
-  const Element* x;  // [rows][x_stride]
-  int64_t x_stride;
-  int64_t rows;            // tokens · limbs
-  const float* x_scale;    // [tokens]
-  const int32_t* row_sum;  // [rows][num_groups]: sum of q - zero point, or null
-  const float* residual;   // [tokens][N], or null
-  float* y;                // [tokens][N]
-};
 
 // Where a tile lies: byte rows and panels.
 struct Place {
   int64_t row, panel;
   Ahead ahead;
 };
-
-// The exact sums of one byte row and panel, zero points taken out.
-OCTAVO_INLINE i32x16 exact_sum(const Product& p, const int32_t* sums, int64_t row, int64_t column, int64_t group) {
-  const int64_t at = group * panels_of(p.w->out_features) * kPanel + column;
-  i32x16 sum = load(sums) - load(p.w->correction + at);
-  if (p.w->zero_point != nullptr) sum -= load(p.w->zero_point + at) * p.row_sum[row * p.w->num_groups + group];
-  return sum;
-}
-
-// t · sw of the contract for one token and panel. `sums` is the token's first byte row; `step` leads to its second.
-template <int L>
-OCTAVO_INLINE f32x16 scaled(const Product& p, const int32_t* sums, int64_t step, int64_t row, int64_t column, int64_t group) {
-  f32x16 t = to_float(exact_sum(p, sums, row, column, group));
-  if constexpr (L == 2) t = t * 256.0f + to_float(exact_sum(p, sums + step, row + 1, column, group));
-  return t * load(p.w->scale + group * panels_of(p.w->out_features) * kPanel + column);
-}
-
-// u · sx + b + residual to y; only the columns that exist.
-OCTAVO_INLINE void finish(const Product& p, f32x16 u, int64_t token, int64_t column) {
-  const int64_t outputs = p.w->out_features;
-  const int64_t count = std::min<int64_t>(kPanel, outputs - column);
-  if (count <= 0) return;
-  const int64_t at = token * outputs + column;
-  f32x16 y = u * p.x_scale[token];
-  if (p.w->bias != nullptr) y = y + load(p.w->bias + column);
-  if (count == kPanel) {
-    if (p.residual != nullptr) y = y + load(p.residual + at);
-    store(p.y + at, y);
-  } else {
-    if (p.residual != nullptr) y = y + load_part(p.residual + at, count);
-    store_part(p.y + at, y, count);
-  }
-}
 
 template <int R, int C, int L, bool kOnce>
 OCTAVO_INLINE void one_group(const Product& p, const Place& at, const Element* x, const int8_t* w) {
@@ -122,33 +79,48 @@ void tile_of(const Product& p, const Place& at, int64_t rows) {
   }
 }
 
+constexpr int64_t kFewestTileRows = 5;  // below, reading the weights takes longer than any products of them
+
 // A task: rows [first, last) times `panels` panels. `next`: panels that this thread will probably read after them.
 struct Block {
   int64_t first, last, panel, panels;
   const int8_t* next;
 };
 
-// In row tiles as equal as they get: several have four rows at least.
+// Rows [begin, end) of a block, all its panels. kOnce: no other rows read these weights.
+template <bool kOnce>
+void multiply_rows(const Product& p, const Block& block, int64_t begin, int64_t end, const Ahead& ahead) {
+#ifdef OCTAVO_TILES
+  if (p.tiles) {
+    const int64_t quads = quads_of(p.w->in_features);
+    const TileBlock tiles = {p.x + begin * p.x_stride, p.x_stride, end - begin, p.w->packed + block.panel * quads * kPanel * kQuad, quads, ahead};
+    return multiply_tiles<kOnce>(p, tiles, begin, block.panel, block.panels);
+  }
+#endif
+  const Place at = {begin, block.panel, ahead};
+  if constexpr (kOnce)
+    if (block.panels == 4) return tile_of<4, kOnce>(p, at, end - begin);
+  tile_of<2, kOnce>(p, at, end - begin);
+}
+
+// In row tiles as equal as they get: several of registers have four rows at least.
 void multiply_block(const Product& p, const Block& block) {
   const int64_t limbs = p.w->limbs, tokens = (block.last - block.first) / limbs;
-  const int64_t tiles = num_tiles(tokens, kMaxRows / limbs);
-  if (tiles == 1) {
-    const Place at = {block.first, block.panel, {block.next, 0}};
-    return block.panels == 4 ? tile_of<4, true>(p, at, tokens * limbs) : tile_of<2, true>(p, at, tokens * limbs);
-  }
+  const int64_t tiles = num_tiles(tokens, (p.tiles ? 2 * kTileRows : kMaxRows) / limbs);
+  if (tiles == 1) return multiply_rows<true>(p, block, block.first, block.last, {block.next, 0});
   const int64_t quads = quads_of(p.w->in_features), bytes = block.panels * quads * kPanel * kQuad;
   for (int64_t index = 0; index < tiles; ++index) {
     const int64_t begin = block.first + tokens * index / tiles * limbs;
     const int64_t end = block.first + tokens * (index + 1) / tiles * limbs;
-    const Ahead ahead = {block.next + bytes * index / tiles, bytes / tiles / quads};
-    tile_of<2, false>(p, {begin, block.panel, ahead}, end - begin);
+    multiply_rows<false>(p, block, begin, end, {block.next + bytes * index / tiles, bytes / tiles / quads});
   }
 }
 
-// Few rows are read-bound: four panels, so four streams of weights. More rows are bound by arithmetic: 8 x 2 tiles.
+// Few rows are read-bound: four panels, so four streams of weights. More rows are bound by arithmetic: 8 x 2 registers, or 2 x 2
+// tiles.
 void multiply(Pool* pool, const Product& p) {
   const int64_t panels = panels_of(p.w->out_features);
-  const int64_t width = p.rows <= 4 ? 4 : 2;
+  const int64_t width = p.rows <= (p.tiles ? kTileRows : 4) ? 4 : 2;
   const int64_t columns = num_tiles(panels, width);
   // A block of rows stays in the cache while all columns pass it: about a megabyte.
   const int64_t fits = std::max<int64_t>(64, (1 << 20) / p.x_stride);
@@ -202,7 +174,8 @@ OCTAVO_API void octavo_linear_int8(octavo::Pool* pool, const octavo::Int8Weights
   using namespace octavo;
   const int64_t stride = row_stride(weights->in_features), rows = tokens * weights->limbs;
   std::unique_ptr<Element[]> memory;
-  Product p{weights, widened(pool, x, rows * stride, &memory), stride, rows, x_scale, nullptr, residual, y};
+  const bool tiles = pool->has_tiles() && rows >= kFewestTileRows;
+  Product p{weights, widened(pool, x, rows * stride, &memory), stride, rows, x_scale, nullptr, residual, y, tiles};
   std::unique_ptr<int32_t[]> sums;
   if (weights->zero_point != nullptr) {
     sums = sum_rows(pool, p, static_cast<int32_t>(x_zero_point));

@@ -11,6 +11,7 @@
 #include <new>
 
 #include "common.h"
+#include "tiles.h"
 
 namespace octavo {
 namespace {
@@ -25,7 +26,8 @@ long futex(std::atomic<uint32_t>* word, int operation, uint32_t value) {
 
 }  // namespace
 
-Pool::Pool(int num_threads) : num_threads_(num_threads), process_(getpid()), scratch_(num_threads), tiles_(new Tiles[num_threads]) {
+Pool::Pool(int num_threads, bool has_tiles)
+    : num_threads_(num_threads), has_tiles_(has_tiles), process_(getpid()), scratch_(num_threads), tiles_(new Tiles[num_threads]) {
   for (int thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread] { work(thread); });
   }
@@ -127,8 +129,11 @@ char* Pool::scratch(int thread, size_t bytes) {
 
 }  // namespace octavo
 
-// -> a handle for the first argument of every other function.
-OCTAVO_API octavo::Pool* octavo_pool_create(int64_t num_threads) { return new octavo::Pool(static_cast<int>(num_threads)); }
+// -> a handle for the first argument of every other function; null if `tiles` are asked for and not to be had.
+OCTAVO_API octavo::Pool* octavo_pool_create(int64_t num_threads, int64_t tiles) {
+  if (tiles != 0 && !octavo::request_tiles()) return nullptr;
+  return new octavo::Pool(static_cast<int>(num_threads), tiles != 0);
+}
 
 // In a forked child the workers do not exist, and there is nothing to end.
 OCTAVO_API void octavo_pool_destroy(octavo::Pool* pool) {

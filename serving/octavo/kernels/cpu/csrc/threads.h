@@ -19,12 +19,15 @@ class Pool {
  public:
   using Body = void (*)(void* context, int64_t tile, int thread);
 
-  explicit Pool(int num_threads);
+  Pool(int num_threads, bool has_tiles);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   int num_threads() const { return num_threads_; }
+
+  // Whether its threads may use tile registers (tiles.h).
+  bool has_tiles() const { return has_tiles_; }
 
   // False in a child that this process forked later.
   bool made_here() const;
@@ -53,6 +56,7 @@ class Pool {
   };
 
   int num_threads_;
+  bool has_tiles_;
   int process_;
   std::vector<std::thread> workers_;
   std::vector<Scratch> scratch_;
