@@ -41,6 +41,7 @@ PING_SECONDS = 1.0
 SILENCE_SECONDS = 3.0
 RETRY_SECONDS = 0.1
 POLL_MS = 100
+ATTACHED_POLL_MS = 250  # whatever comes or is to be sent ends it
 LINGER_MS = 500  # for a last Shutdown
 MAX_RECEIVE = 64  # messages before the outbox is looked at again
 
@@ -175,7 +176,7 @@ class _Session:
         """Raises SessionOver; returns if the link is being closed."""
         self._socket.send(self._encode(Attach(PROTOCOL_VERSION, self._key, self._epoch, self._link._fingerprint)))
         while True:
-            ready = dict(self._poller.poll(POLL_MS))
+            ready = dict(self._poller.poll(ATTACHED_POLL_MS if self._attached else POLL_MS))
             if self._link._wake in ready:
                 os.eventfd_read(self._link._wake)
             if self._socket in ready:

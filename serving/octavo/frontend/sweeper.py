@@ -18,6 +18,7 @@ from octavo.protocol.errors import Cancelled, RequestTimeout
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.05
+QUIET_TURN_SECONDS = 0.2  # with few sinks to ask and no deadline near: each turn wakes the process
 CHECK_SECONDS = 0.5
 MAX_CHECKS = 40  # of sinks in one turn
 
@@ -41,18 +42,22 @@ class Sweeper:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while not self._closing.wait(TURN_SECONDS):
+        seconds = TURN_SECONDS
+        while not self._closing.wait(seconds):
             try:
-                self.sweep()
+                seconds = self.sweep()
             except Exception:  # the edge of this thread: deadlines and cancellations must go on
                 log.exception("a turn of the sweeper failed")
 
-    def sweep(self) -> None:
-        """Look at every deadline and at the sinks whose turn it is."""
+    def sweep(self) -> float:
+        """Look at every deadline and at the sinks whose turn it is; seconds until the next turn."""
         self._sweep_carriers()
         now = self._clock()
         due = []
+        deadline = now + QUIET_TURN_SECONDS  # the earliest
         for state in self._registry.all_requests():
+            if not state.generated:
+                deadline = min(deadline, state.deadline)
             if now > state.deadline and not state.generated:  # else it waits for its reader
                 seconds = state.request.timeout
                 self._registry.post(state, RequestTimeout(f"the request's time ({seconds:g} s) is over"))
@@ -61,6 +66,7 @@ class Sweeper:
         due.sort(key=lambda state: state.next_check)
         for state in due[:MAX_CHECKS]:
             self._check(state, now)
+        return TURN_SECONDS if len(due) > MAX_CHECKS else max(TURN_SECONDS, deadline - now)
 
     def _check(self, state: RequestState, now: float) -> None:
         state.next_check = now + CHECK_SECONDS

@@ -34,6 +34,7 @@ from octavo.protocol.errors import OctavoError
 from octavo.settings import Settings, SettingsError
 
 BEAT_SECONDS = 0.5
+TURN_SECONDS = 0.25
 LOOK_SECONDS = 1.0  # between two questions to the model server
 AGAIN_SECONDS = 0.1  # while there is no answer
 ANSWER_SECONDS = 2.0
@@ -79,7 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server that ends with exit code 0 when asked to: uvicorn itself raises the signal again at the end."""
+    """uvicorn's server that ends with exit code 0 when asked to (uvicorn itself raises the signal again at the end) and
+    looks less often whether it is: each look wakes the process.
+    """
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # 0: the date in its headers is due
+            await asyncio.sleep(TURN_SECONDS)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -174,13 +181,14 @@ async def _beat(pipe: int) -> None:
 
 async def _look(pipe: int, server: uvicorn.Server, upstream: Upstream) -> None:
     """Tell the parent whether this worker reaches the model server (+) or not (-): a server that is back is of no use
-    to clients before the worker's own connection is.
+    to clients before the worker's own connection is. What came on a carrier meanwhile is an answer too.
     """
     while not server.started:
         await asyncio.sleep(0.02)
     while not server.should_exit:
         try:
-            await upstream.ask({"op": "info"}, timeout=ANSWER_SECONDS)
+            if not upstream.heard_within(LOOK_SECONDS):
+                await upstream.ask({"op": "info"}, timeout=ANSWER_SECONDS)
         except OctavoError:
             _tell(pipe, b"-")
             await asyncio.sleep(AGAIN_SECONDS)

@@ -18,7 +18,7 @@ import msgspec
 
 from octavo.gateway.triton import Lost, failure_of, infer_request, payload_of
 from octavo.protocol.carrier import Carried, Order, carried_decoder
-from octavo.protocol.errors import OctavoError, RequestTimeout
+from octavo.protocol.errors import InternalError, OctavoError, RequestTimeout
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +30,27 @@ RESPONSE_BYTES = 512  # what Triton keeps of a response besides its payload
 END_SECONDS = 1.0  # for Triton to close a stream that was asked to end
 
 
+TakeAtOnce = Callable[[list[Carried]], bool]  # False: it did not, the mailbox keeps them
+
+
 class Mailbox:
     """Messages of one request that nobody has taken yet, then perhaps why there will be no more."""
 
-    __slots__ = ("_carrier", "_failure", "_messages", "_num_bytes", "_waiter", "paused", "tag", "timer")
+    __slots__ = (
+        "_carrier",
+        "_failure",
+        "_messages",
+        "_num_bytes",
+        "_take_at_once",
+        "_waiter",
+        "paused",
+        "tag",
+        "timer",
+    )
 
-    def __init__(self, carrier: Carrier, tag: int) -> None:
+    def __init__(self, carrier: Carrier, tag: int, take_at_once: TakeAtOnce | None) -> None:
         self._carrier = carrier
+        self._take_at_once = take_at_once
         self.tag = tag
         self.paused = False
         self.timer: asyncio.TimerHandle | None = None
@@ -45,16 +59,30 @@ class Mailbox:
         self._failure: Lost | OctavoError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, message: Carried) -> None:
-        self._messages.append(message)
-        self.paused = self.paused or message.more  # it waits by itself until there is room for the next piece
+    def put(self, messages: list[Carried]) -> None:
+        """Add what came at once."""
+        if messages[-1].more:
+            self.paused = True  # by itself, until there is room for the next piece
         if self._waiter is not None:
-            self._wake()
+            if self._waiter.done() or not self._taken_at_once(messages):
+                self._messages += messages
+                self._wake()
             return
-        self._num_bytes += ENTRY_BYTES + len(message.token) + len(message.whole)
+        self._messages += messages
+        self._num_bytes += sum([ENTRY_BYTES + len(message.token) + len(message.whole) for message in messages])
         if self._num_bytes > FULL_BYTES and not self.paused:
             self.paused = True
             self._carrier.order("pause", self.tag)
+
+    def _taken_at_once(self, messages: list[Carried]) -> bool:
+        if self._take_at_once is None:
+            return False
+        try:
+            return self._take_at_once(messages)
+        except Exception:  # the edge of the handler, whose work this is: other requests go on
+            log.exception("messages cannot be passed on")
+            self.fail(InternalError("internal error; the server's log has it"))
+            return True
 
     def fail(self, failure: Lost | OctavoError) -> None:
         self._failure = self._failure or failure
@@ -88,9 +116,13 @@ class Mailbox:
 class Carrier:
     """`send` opens mailboxes, `leave` closes them, `end` closes the stream; no `send` once it is not `usable`."""
 
-    def __init__(self, call: grpc.aio.StreamStreamCall, *, on_idle: Callable[[Carrier], None]) -> None:
+    def __init__(
+        self, call: grpc.aio.StreamStreamCall, *, on_idle: Callable[[Carrier], None], clock: Callable[[], float]
+    ) -> None:
         self._call = call
         self._on_idle = on_idle
+        self._clock = clock
+        self.heard_at = float("-inf")  # when messages came last
         self._name = secrets.token_hex(8)
         self._boxes: dict[int, Mailbox] = {}
         self._last_tag = 0
@@ -108,13 +140,15 @@ class Carrier:
 
     # ---- requests
 
-    def send(self, body: bytes, triton_id: str, *, seconds: float) -> Mailbox:
-        """Send a request; its mailbox fails with RequestTimeout after `seconds`."""
+    def send(self, body: bytes, triton_id: str, *, seconds: float, take_at_once: TakeAtOnce | None = None) -> Mailbox:
+        """Send a request; its mailbox fails with RequestTimeout after `seconds`. While somebody waits at the mailbox,
+        messages are offered to `take_at_once`.
+        """
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
         self._last_tag += 1
-        box = self._boxes[self._last_tag] = Mailbox(self, self._last_tag)
+        box = self._boxes[self._last_tag] = Mailbox(self, self._last_tag, take_at_once)
         box.timer = asyncio.get_running_loop().call_later(max(0.001, seconds), box.expire)
         self.order("carry", box.tag, body=body, triton_id=triton_id)
         return box
@@ -207,11 +241,14 @@ class Carrier:
         if not payload:
             return
         self._num_bytes += RESPONSE_BYTES + len(payload)
-        boxes = self._boxes
+        self.heard_at = self._clock()
+        by_tag: dict[int, list[Carried]] = {}
         for message in self._decode(payload):
-            box = boxes.get(message.tag)
+            by_tag.setdefault(message.tag, []).append(message)
+        for tag, messages in by_tag.items():
+            box = self._boxes.get(tag)
             if box is not None:
-                box.put(message)
+                box.put(messages)
 
     def _fail(self, failure: Lost | OctavoError) -> None:
         """Nothing more comes from here."""

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.gateway.bodies import OPENAI
+from octavo.gateway.direct import WRITER
 from octavo.gateway.page import routes as page
 from octavo.gateway.responses import SHUTTING_DOWN, error_response
 from octavo.protocol.errors import InternalError, OctavoError, Unauthorized
@@ -107,5 +108,7 @@ def _log(scope: Scope, exchange: Exchange, *, seconds: float) -> None:
     """One line per request; probes are of no interest."""
     path = scope["path"][:128].encode("unicode_escape").decode()
     level = logging.DEBUG if path in OPEN_PATHS else logging.INFO
-    shown = (scope["method"], path, exchange.status, exchange.num_bytes, seconds, exchange.request_id)
+    writer = scope.get("extensions", {}).get(WRITER)
+    num_bytes = exchange.num_bytes + (writer.num_bytes if writer is not None else 0)
+    shown = (scope["method"], path, exchange.status, num_bytes, seconds, exchange.request_id)
     log.log(level, "%s %s %d %d B %.3f s %s", *shown)

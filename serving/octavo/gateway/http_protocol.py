@@ -12,7 +12,9 @@ import socket
 
 import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from octavo.gateway.direct import WRITER
 
 HEALTH = "/health"  # the one path that stays open to connections above the limit
 MAX_HEAD_BYTES = 64 << 10
@@ -27,6 +29,27 @@ SURPLUS = 64  # connections above the limit that are still told so
 OVERFULL = b"503 Service Unavailable"
 TOO_LARGE = b"431 Request Header Fields Too Large"
 MALFORMED = b"400 Bad Request"
+
+
+class CycleWriter:
+    """Writes pieces of the body of one answer, whose headers were sent, without the turns of the event loop that
+    ASGI's `send` takes (direct.Writer).
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._write = cycle.transport.write
+        self.num_bytes = 0
+
+    @property
+    def writable(self) -> bool:
+        cycle = self._cycle
+        is_open = cycle.response_started and not cycle.response_complete and not cycle.disconnected
+        return is_open and cycle.chunked_encoding is True and not cycle.flow.write_paused
+
+    def write(self, piece: bytes) -> None:
+        self.num_bytes += len(piece)
+        self._write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -92,6 +115,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(OVERFULL, message, more=b"retry-after: 2\r\n")
         if not self._refused:
             super().on_headers_complete()
+            if self.cycle is not None and self.cycle.scope is self.scope:  # its handler starts later
+                self.scope["extensions"] = {**self.scope.get("extensions", {}), WRITER: CycleWriter(self.cycle)}
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.gateway.context import Context
+from octavo.gateway.direct import Direct
 from octavo.gateway.edge import KEY_NAME
 from octavo.gateway.responses import (
     NDJSON,
@@ -87,7 +88,8 @@ async def answer_native(request: Request, body: dict[str, object], context: Cont
     if not stream and isinstance(inner.get("n"), int) and inner["n"] != 1:
         raise InvalidRequest("n above 1 needs stream: true, or the OpenAI dialect", field="n")
     timeout = timeout_of(inner)
-    events = context.upstream.generate(inner, timeout=timeout)
+    direct = Direct(_lines_of)
+    events = context.upstream.generate(inner, timeout=timeout, direct=direct if stream else None)
     if not stream:
         whole = _whole(events, wants_usage=body.get("return_usage") is True)
         return json_response(await while_connected(request, whole))
@@ -98,6 +100,7 @@ async def answer_native(request: Request, body: dict[str, object], context: Cont
         headers=NDJSON,
         seconds=timeout + DEADLINE_MARGIN + STALL_SECONDS,
         last_words=_error_line(SHUTTING_DOWN, req_id),
+        direct=direct,
     )
 
 

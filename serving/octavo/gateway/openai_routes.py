@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.gateway.context import Context
+from octavo.gateway.direct import Direct
 from octavo.gateway.native_routes import DEFAULT_TIMEOUT, inner_request, key_of, timeout_of, wants_stream
 from octavo.gateway.responses import (
     SHUTTING_DOWN,
@@ -79,8 +80,10 @@ def _inner_requests(asked: OpenAIRequest, answer_id: str, context: Context) -> l
 async def _answer(
     request: Request, context: Context, inner: list[dict[str, object]], answer: Answer, *, stream: bool, timeout: float
 ) -> Response:
-    streams = [context.upstream.generate(one, timeout=timeout) for one in inner]
-    single = len(streams) == 1
+    single = len(inner) == 1
+    direct = Direct(lambda batch: b"".join([answer.chunks(0, message) for message, _ in batch]))
+    way = direct if single and stream else None
+    streams = [context.upstream.generate(one, timeout=timeout, direct=way) for one in inner]
     batches = numbered(streams[0]) if single else merged(streams, at_once=context.settings.batch_size)
     if not stream:
         return json_response(await while_connected(request, _whole(batches, answer)))
@@ -90,6 +93,7 @@ async def _answer(
         headers=SSE,
         seconds=len(inner) * (timeout + DEADLINE_MARGIN) + STALL_SECONDS,
         last_words=error_event(openai_error(SHUTTING_DOWN)),
+        direct=direct,
     )
 
 

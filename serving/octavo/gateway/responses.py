@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.gateway.bodies import NATIVE, OPENAI
+from octavo.gateway.direct import Direct
 from octavo.protocol.errors import Cancelled, OctavoError, Unavailable
 from octavo.protocol.openai import openai_name
 
@@ -93,12 +94,19 @@ class StreamResponse(Response):
     """
 
     def __init__(
-        self, pieces: AsyncGenerator[bytes, None], *, headers: Mapping[str, str], seconds: float, last_words: bytes
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        *,
+        headers: Mapping[str, str],
+        seconds: float,
+        last_words: bytes,
+        direct: Direct | None = None,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers(dict(headers))
         self._pieces = pieces
+        self._direct = direct  # opened with the headers
         self._seconds = seconds
         self._last_words = last_words  # for a server that shuts down before the stream has ended
 
@@ -106,7 +114,7 @@ class StreamResponse(Response):
         self.raw_headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send_all(send))
+        sending = asyncio.ensure_future(self._send_all(scope, send))
         watching = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((sending, watching), timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -119,8 +127,10 @@ class StreamResponse(Response):
             await _stop(sending, watching)
             await self._pieces.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self._direct is not None:
+            self._direct.open(scope)
         async for piece in self._pieces:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -24,6 +24,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo import __version__
+from octavo.gateway.direct import Direct
 from octavo.gateway.upstream import Batch, Event, Upstream
 from octavo.protocol.errors import OctavoError
 from octavo.settings import Settings
@@ -128,8 +129,12 @@ class TracedUpstream(Upstream):
         await self._upstream.close()
         await self._tracing.close()
 
-    async def generate(self, request: Mapping[str, object], *, timeout: float) -> AsyncGenerator[Batch, None]:
-        """As `Upstream.generate`. The model is asked for times; they are taken out again if the client did not ask."""
+    async def generate(
+        self, request: Mapping[str, object], *, timeout: float, direct: Direct | None = None
+    ) -> AsyncGenerator[Batch, None]:
+        """As `Upstream.generate`, but nothing goes `direct`: the span sees every message. The model is asked for times;
+        they are taken out again if the client did not ask.
+        """
         wants_times = request.get("benchmark") is True
         span = ModelSpan(self._tracing, request)
         try:

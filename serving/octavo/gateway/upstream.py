@@ -15,12 +15,14 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from functools import partial
 
 import grpc
 import msgspec
 from tritonclient.grpc import service_pb2
 
 from octavo.gateway.carrier import Carrier
+from octavo.gateway.direct import Direct
 from octavo.gateway.resume import Progress
 from octavo.gateway.triton import METHOD, Lost, channel_options, failure_of, infer_request, payload_of
 from octavo.protocol.answers import TokenMessage, Tokens, token_decoder
@@ -86,12 +88,14 @@ class Upstream:
         await asyncio.gather(*(carrier.end() for carrier in self._carriers if carrier.usable))
         await self._channel.close()
 
-    async def generate(self, request: Mapping[str, object], *, timeout: float) -> AsyncGenerator[Batch, None]:
+    async def generate(
+        self, request: Mapping[str, object], *, timeout: float, direct: Direct | None = None
+    ) -> AsyncGenerator[Batch, None]:
         """Yield the token messages of a request, all that came since the last time; the last of a choice has is_end.
 
         `timeout` is the request's own, in seconds. Closing the generator cancels and aborts the request. Raises
         OctavoError: Unavailable if the server is down or stays away, RequestTimeout past the deadline, else what the
-        front end says.
+        front end says. What goes `direct`, while that is open, is not yielded.
         """
         self._num_running += 1
         owner = secrets.token_hex(8)
@@ -101,7 +105,7 @@ class Upstream:
         try:
             while not progress.closed:
                 try:
-                    async with aclosing(self._attempt(progress, deadline)) as batches:
+                    async with aclosing(self._attempt(progress, deadline, direct)) as batches:
                         async for batch in batches:
                             outage.over()
                             yield batch
@@ -124,6 +128,10 @@ class Upstream:
                 return
             await asyncio.sleep(GREET_SECONDS)
 
+    def heard_within(self, seconds: float) -> bool:
+        """Whether the model server has sent something to a running request so recently."""
+        return self._carrier is not None and self._clock() - self._carrier.heard_at <= seconds
+
     def _note_answer(self) -> None:
         self._answered, self._away_since = True, None
 
@@ -135,7 +143,7 @@ class Upstream:
         self._away_since = now if self._away_since is None else self._away_since
         return now - self._away_since <= self._hold_seconds
 
-    async def _attempt(self, progress: Progress, deadline: float) -> AsyncGenerator[Batch, None]:
+    async def _attempt(self, progress: Progress, deadline: float, direct: Direct | None) -> AsyncGenerator[Batch, None]:
         """Send the request as it stands, yield what is new, end with the last word or raise."""
         seconds_left = deadline - self._clock()
         body = progress.resumption(seconds_left - DEADLINE_MARGIN)
@@ -144,7 +152,8 @@ class Upstream:
             progress.closed = True
             raise InternalError("the request is too large for the model server")
         carrier = self._usable_carrier()
-        box = carrier.send(payload, str(body.get("req_id", "")), seconds=seconds_left)
+        take_at_once = None if direct is None else partial(self._take_at_once, direct, progress)
+        box = carrier.send(payload, str(body.get("req_id", "")), seconds=seconds_left, take_at_once=take_at_once)
         try:
             while not progress.closed:
                 batch, error = self._read(await box.take(), progress)
@@ -155,6 +164,15 @@ class Upstream:
         finally:
             carrier.leave(box, ended=progress.closed)
 
+    def _take_at_once(self, direct: Direct, progress: Progress, messages: list[Carried]) -> bool:
+        """Send new tokens on their short way, if it is open and there is nothing but tokens."""
+        if not direct.ready or any([message.whole for message in messages]):
+            return False
+        batch, _ = self._read(messages, progress)
+        if batch:
+            direct.send(batch)
+        return True
+
     def _usable_carrier(self) -> Carrier:
         carrier = self._carrier
         if carrier is not None and carrier.usable and not carrier.worn:
@@ -162,7 +180,7 @@ class Upstream:
         if carrier is not None and carrier.usable:
             carrier.retire()
         self._carriers = {one for one in self._carriers if one.usable}
-        self._carrier = Carrier(self._stream(), on_idle=self._end_carrier)
+        self._carrier = Carrier(self._stream(), on_idle=self._end_carrier, clock=self._clock)
         self._carriers.add(self._carrier)
         return self._carrier
 

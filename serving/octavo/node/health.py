@@ -18,14 +18,16 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from octavo import __version__
-from octavo.node.pages import JSON, Handler, Page, get
+from octavo.node.pages import JSON, Handler, Page, ask
 from octavo.protocol.errors import OctavoError, QueueFull
 
-POLL_SECONDS = 0.4
+POLL_SECONDS = 0.6  # of the front end: a poll takes a few milliseconds of Triton, its stub and this process
+GATEWAY_POLL_SECONDS = 1.0  # while it answers
+AGAIN_SECONDS = 0.3  # of either, while it is not well
 ANSWER_SECONDS = 1.0  # deadline of a poll
 FRESH_SECONDS = 1.5  # how old the last good answer may be
 GATEWAY_FRESH_SECONDS = 2.5
-PROOF_SECONDS = 0.1  # pause between looks for a new process
+PROOF_SECONDS = 0.1  # pause between two tries for a token
 PROBE_SECONDS = 60.0  # the first token after a start may be slow
 STATES = ("starting", "loading", "ready", "draining", "down")
 
@@ -182,6 +184,7 @@ class Monitor:
         self._gateway_tls = gateway_tls
         self._processes = processes
         self._clock = clock
+        self._unproven = asyncio.Event()  # the front end answered through processes that gave no token yet
 
     def verdict(self) -> Verdict:
         """The state at this moment."""
@@ -206,15 +209,22 @@ class Monitor:
                 self.seen.info, self.seen.info_at, self.seen.info_from = info, self._clock(), source
                 self.seen.info_error = ""
                 self.seen.note_front_end(self._clock())
-            await asyncio.sleep(max(0.05, POLL_SECONDS - (self._clock() - began)))
+                if source != self.seen.token_for:
+                    self._unproven.set()
+            well = not self.seen.info_error and self.seen.info.get("state") == "ready"
+            seconds = POLL_SECONDS if well else AGAIN_SECONDS
+            await asyncio.sleep(max(0.05, seconds - (self._clock() - began)))
 
     async def prove(self) -> None:
         """Readiness is a token, not a claim: have one generated whenever Triton or the engine is a new process."""
         while True:
+            await self._unproven.wait()
             source = token_source(self._processes())
             new = self.seen.info_from == source != self.seen.token_for
             if new and self.seen.info.get("state") == "ready" and await self._token():
                 self.seen.token_for = source
+            if self.seen.token_for == source:
+                self._unproven.clear()
             await asyncio.sleep(PROOF_SECONDS)
 
     async def _token(self) -> bool:
@@ -230,15 +240,17 @@ class Monitor:
         return True
 
     async def poll_gateway(self, host: str, port: int) -> None:
-        """Fetch the gateway's health page again and again: any HTTP answer shows that a worker accepts."""
+        """Ask the gateway again and again: any HTTP answer shows that a worker accepts. OPTIONS: an answer to GET would
+        take a question to the model server, which each worker asks by itself (watch.Beat).
+        """
         while True:
             try:
-                await get(host, port, "/health", seconds=ANSWER_SECONDS, tls=self._gateway_tls)
+                await ask(host, port, "OPTIONS", "/health", seconds=ANSWER_SECONDS, tls=self._gateway_tls)
             except (OSError, asyncio.TimeoutError) as error:
                 self.seen.gateway_error = type(error).__name__
             else:
                 self.seen.gateway_at, self.seen.gateway_error = self._clock(), ""
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(AGAIN_SECONDS if self.seen.gateway_error else GATEWAY_POLL_SECONDS)
 
 
 def health_pages(

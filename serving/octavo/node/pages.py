@@ -107,13 +107,20 @@ def render(page: Page, *, head_only: bool, keep: bool) -> bytes:
 
 async def get(host: str, port: int, path: str, *, seconds: float, tls: ssl.SSLContext | None = None) -> tuple[int, str]:
     """Fetch a page of this machine: status and body. Raises OSError or asyncio.TimeoutError."""
-    return await asyncio.wait_for(_get(host, port, path, tls), seconds)
+    return await ask(host, port, "GET", path, seconds=seconds, tls=tls)
 
 
-async def _get(host: str, port: int, path: str, tls: ssl.SSLContext | None) -> tuple[int, str]:
+async def ask(
+    host: str, port: int, method: str, path: str, *, seconds: float, tls: ssl.SSLContext | None = None
+) -> tuple[int, str]:
+    """The same with any method that has no body."""
+    return await asyncio.wait_for(_ask(host, port, method, path, tls), seconds)
+
+
+async def _ask(host: str, port: int, method: str, path: str, tls: ssl.SSLContext | None) -> tuple[int, str]:
     reader, writer = await asyncio.open_connection(host, port, ssl=tls)
     try:
-        writer.write(f"GET {path} HTTP/1.0\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+        writer.write(f"{method} {path} HTTP/1.0\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
         answer = await reader.read(-1)
     finally:
         writer.close()

@@ -54,10 +54,11 @@ class Record:
 def process_stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the state on (state, ppid, pgrp, session, …); empty if there is no such process."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            text = file.read(4096)
     except OSError:
         return []
-    return text.rpartition(")")[2].split()
+    return text.rpartition(b")")[2].decode("ascii").split()
 
 
 def make_run_dir(path: Path) -> None:

@@ -133,7 +133,7 @@ class Supervisor:
                 log.info("state: %s%s", verdict.state, f" ({verdict.reason})" if verdict.reason else "")
             if not self.monitor.seen.ever_ready and self._clock() - began > self._settings.start_seconds:
                 raise NodeError(f"not ready within START_SECONDS={self._settings.start_seconds}: {verdict.reason}")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5 if self.monitor.seen.ever_ready else 0.2)
 
     async def _open_pages(self) -> list[asyncio.Server]:
         health = health_pages(self.monitor, processes=self.processes, about=self._plan.about)

@@ -21,7 +21,8 @@ from octavo.protocol.errors import OctavoError
 
 log = logging.getLogger("octavo.node")
 
-LOOK_SECONDS = 0.25
+LOOK_SECONDS = 0.5  # at what node knows
+STAT_SECONDS = 1.0  # at what the kernel says of a process
 STOPPED_SECONDS = 8.0  # SIGSTOP; a debugger's stop is another state
 ENGINE_SILENCE_SECONDS = 4.0  # of an engine without a running step; the front end gives it up after 3
 STEP_MARGIN_SECONDS = 1.0  # past a step's deadline
@@ -146,7 +147,7 @@ class Watch:
                 since = self._clock()
             elif self._clock() - since > STOPPED_SECONDS:
                 return f"has been stopped by a signal for {STOPPED_SECONDS:.0f} s"
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(STAT_SECONDS)
 
     def _engine_trouble(self, child: Child) -> str:
         return engine_trouble(self._monitor.seen, started=child.started, now=self._clock())
