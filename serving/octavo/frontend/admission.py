@@ -26,11 +26,14 @@ HOLD_SECONDS = 10.0  # how long new requests are taken in while the engine is go
 NODE = "node"  # the owner of node's own proving requests: they show that tokens come, not that users are served
 
 
+Taken = tuple[RequestState, list[tuple[SequenceState, SequenceOutput]], OctavoError | None]
+
+
 class Registry:
-    """See the module. `send` puts a message into the link's outbox, `wake` a request into the delivery queue."""
+    """See the module. `send` puts a message into the link's outbox, `wake` requests into the delivery queue."""
 
     def __init__(self, *, batch_size: int, max_waiting: int, clock: Callable[[], float],
-                 send: Callable[[ToEngine], None], wake: Callable[[RequestState], None],
+                 send: Callable[[ToEngine], None], wake: Callable[[list[RequestState]], None],
                  usage: KeyUsage | None = None) -> None:
         self._batch_size = batch_size
         self._max_waiting = max_waiting
@@ -45,6 +48,7 @@ class Registry:
         self._num_started = 0  # of the sequences in _by_seq_id
         self._next_seq_id = 1
         self._quarantine = Quarantine()
+        self._woken: list[RequestState] | None = None  # those of the step that is being taken in
         self._holding = False  # some sequences wait for the quarantine to end
         self._draining = ""  # why admission is closed
         self._closed = False  # also to those who come back
@@ -208,10 +212,14 @@ class Registry:
         with self._lock:
             self.engine.stats = step.stats
             self.engine.heard_at = self._clock()
+            woken = self._woken = []  # one word to the delivery thread for all of them
             for output in step.outputs:
                 sequence = self._by_seq_id.get(output.seq_id)
                 if sequence is not None:
                     self._take_in(sequence, output)
+            self._woken = None
+            if woken:
+                self._wake(woken)
 
     def _take_in(self, sequence: SequenceState, output: SequenceOutput) -> None:
         state = self._owner[output.seq_id]
@@ -244,11 +252,14 @@ class Registry:
 
     # ---- delivery
 
-    def take(self, state: RequestState) -> tuple[list[tuple[SequenceState, SequenceOutput]], OctavoError | None]:
-        """All outputs that came since the last time, and the verdict if there is one."""
+    def take(self, states: list[RequestState]) -> list[Taken]:
+        """Of each request all outputs that came since the last time, and the verdict if there is one."""
+        taken = []
         with self._lock:
-            outputs, state.pending, state.queued = state.pending, [], False
-            return outputs, state.verdict
+            for state in states:
+                taken.append((state, state.pending, state.verdict))
+                state.pending, state.queued = [], False
+        return taken
 
     def abandon(self, sequence: SequenceState) -> None:
         """A stop string ended it: the engine need not go on."""
@@ -296,7 +307,10 @@ class Registry:
     def _queue(self, state: RequestState) -> None:
         if not state.queued:
             state.queued = True
-            self._wake(state)
+            if self._woken is not None:
+                self._woken.append(state)
+            else:
+                self._wake([state])
 
     def find(self, req_id: str) -> RequestState | None:
         with self._lock:

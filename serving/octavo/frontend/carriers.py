@@ -143,6 +143,11 @@ class CarriedSink:
         self.paused = True  # before the reader can ask for more
         self._carrier.put(Carried(self._tag, whole=payload, more=True))
 
+    @property
+    def keeps_up(self) -> bool:
+        """Its reader takes what comes, and tokens are enough for it."""
+        return self.bare and not self.behind and not self.paused
+
     def cancelled(self) -> bool:
         return self.gone or self._carrier.closed
 

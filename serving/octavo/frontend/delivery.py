@@ -41,10 +41,10 @@ OVERDUE_SECONDS = 0.01  # a batch does not wait longer for the queue to become e
 
 
 class Delivery:
-    """One thread over one queue of requests, and of carriers that have something to send."""
+    """One thread over one queue of requests, those of a step together, and of carriers that have something to send."""
 
-    def __init__(self, *, queue: SimpleQueue[RequestState | Carrier | None], registry: Registry, composer: Composer,
-                 metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(self, *, queue: SimpleQueue[list[RequestState] | Carrier | None], registry: Registry,
+                 composer: Composer, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._queue = queue
         self._registry = registry
         self._composer = composer
@@ -72,7 +72,7 @@ class Delivery:
                 self.serve(item)
         self._flush()
 
-    def _next(self) -> RequestState | Carrier | None:
+    def _next(self) -> list[RequestState] | Carrier | None:
         """What to look at next. On the way carriers are flushed: nothing is to be delivered now, or they waited."""
         while self._loaded:
             now = self._clock()
@@ -96,13 +96,21 @@ class Delivery:
         count = sum(carrier.flush() for carrier in loaded)
         self._flush_at = self._clock() + min(MAX_PACE_SECONDS, PACE_SECONDS * count)
 
-    def serve(self, state: RequestState) -> None:
-        """Deliver what is pending of one request. The edge of Triton's execute: here any failure becomes an error."""
-        outputs, verdict = self._registry.take(state)
-        if state.done:
-            return
+    def serve(self, states: list[RequestState]) -> None:
+        """Deliver what is pending of these requests."""
+        for state, outputs, verdict in self._registry.take(states):
+            if not state.done:
+                self._serve(state, outputs, verdict)
+
+    def _serve(self, state: RequestState, outputs: list[tuple[SequenceState, SequenceOutput]],
+               verdict: OctavoError | None) -> None:
+        """One request. The edge of Triton's execute: here any failure becomes an error."""
+        sink = state.sink
         try:
-            self._advance(state, outputs, verdict)
+            if verdict is None and isinstance(sink, CarriedSink) and sink.keeps_up and _are_plain(outputs):
+                self._pass_on(state, sink, outputs)
+            else:
+                self._advance(state, outputs, verdict)
         except SinkClosed:
             self._end_unheard(state)
         except Exception:
@@ -125,6 +133,27 @@ class Delivery:
             self._cancel(state)
         self._send(state)
 
+    def _pass_on(self, state: RequestState, sink: CarriedSink,
+                 outputs: list[tuple[SequenceState, SequenceOutput]]) -> None:
+        """The common case on a carrier: nothing but new tokens of the only choice."""
+        sequence = state.sequences[0]
+        if sequence.finish is not None:
+            return
+        feed = sequence.output.feed
+        for _, output in outputs:
+            for token_id in output.token_ids:
+                if feed(token_id):
+                    self._stop(sequence)
+                    self._send(state)
+                    return
+        self._send_tokens(state, sequence, sink)
+
+    def _stop(self, sequence: SequenceState) -> None:
+        """A stop string was found."""
+        sequence.end_token = None
+        sequence.finish = Finish("stop", sequence.output.stopped_by)
+        self._registry.abandon(sequence)
+
     def _feed(self, state: RequestState, sequence: SequenceState, output: SequenceOutput) -> OctavoError | None:
         """Bring a sequence forward by what the engine said of it."""
         reason, token_ids = output.finish_reason, output.token_ids
@@ -137,9 +166,7 @@ class Delivery:
         feed = sequence.output.feed
         for token_id in token_ids:
             if feed(token_id):
-                sequence.end_token = None
-                sequence.finish = Finish("stop", sequence.output.stopped_by)
-                self._registry.abandon(sequence)
+                self._stop(sequence)
                 return None
         return self._finish(sequence, output, reason) if reason is not None else None
 
@@ -211,7 +238,6 @@ class Delivery:
             sink.bare = self._composer.is_bare(state)
 
     def _send_tokens(self, state: RequestState, sequence: SequenceState, sink: CarriedSink) -> None:
-        """The common case on a carrier: nothing but new tokens of the only choice."""
         if not sequence.output.has_free:
             return
         text, token_ids, _ = sequence.output.take()
@@ -270,6 +296,12 @@ class Delivery:
         incident = uuid.uuid4().hex[:12]
         log.exception("request %s failed (incident %s)", reporting.clean(state.req_id), incident)
         return InternalError(f"internal error (incident {incident})")
+
+
+def _are_plain(outputs: list[tuple[SequenceState, SequenceOutput]]) -> bool:
+    """Whether they say nothing but a few tokens, of a request whose first message said when it was scheduled."""
+    few = len(outputs) <= MANY_OUTPUTS
+    return few and all([output.finish_reason is None and output.logprobs is None for _, output in outputs])
 
 
 def close(sequence: SequenceState, finish: Finish) -> None:

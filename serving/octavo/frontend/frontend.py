@@ -51,7 +51,7 @@ class FrontEnd:
         self._clock = clock
         self._slot = TokenizerSlot(tokenizer)
         self.metrics = Metrics()
-        deliveries: SimpleQueue[RequestState | Carrier | None] = SimpleQueue()
+        deliveries: SimpleQueue[list[RequestState] | Carrier | None] = SimpleQueue()
         self._inbox: SimpleQueue[Arrival | None] = SimpleQueue()
         self.registry = Registry(
             batch_size=settings.batch_size, max_waiting=settings.max_cached_task_num, clock=clock,
@@ -95,7 +95,7 @@ class FrontEnd:
             if state.sink is sink and sink.gone:
                 self.registry.post(state, Cancelled("the receiver gave up"))
             elif state.sink is sink:
-                self._deliveries.put(state)
+                self._deliveries.put([state])
 
     def _answered(self, raw: bytes, triton_id: str, sink: Sink) -> bool:
         """Answer a quick op at once: those must not wait behind a long prompt."""
