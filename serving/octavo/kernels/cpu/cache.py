@@ -1,7 +1,7 @@
 """The paged cache of one layer as the native kernels lay it out, and the call that writes it.
 
 Owns the memory: one anonymous mapping per layer, zero by itself, resident only where written, on huge pages where the
-system has them. csrc/attention_layout.h draws the blocks. Knows nothing of sequences.
+system has them (K and V). csrc/attention_layout.h draws the blocks. Knows nothing of sequences.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class CpuCache:
         self.num_blocks = num_blocks
         self.nbytes = num_blocks * block_bytes(spec)
         sizes = [_round_up(num_blocks * size, _PAGE) for size in _plane_bytes(spec)]
-        memory = _zero_pages(sum(sizes))  # [nbytes rounded up] uint8
+        memory = _zero_pages(sum(sizes), huge=sum(sizes[:2]))  # [nbytes rounded up] uint8
         self.k, self.v, k_scale, v_scale = torch.split(memory, sizes)
         # [num_blocks, num_kv_heads, 64] float32; no blocks for a float cache
         self.k_scale = _fill(k_scale, spec.k_scale, spec=spec, num_blocks=num_blocks)
@@ -134,12 +134,16 @@ def _inverse(static: Tensor | None, spec: CacheSpec) -> Tensor | None:
     return (1.0 / static.float().reshape(-1)).expand(spec.num_kv_heads).contiguous()
 
 
-def _zero_pages(num_bytes: int) -> Tensor:
-    """A private anonymous mapping as uint8; it lives as long as a tensor over it."""
+def _zero_pages(num_bytes: int, *, huge: int) -> Tensor:
+    """A private anonymous mapping as uint8; it lives as long as a tensor over it.
+
+    The first `huge` bytes are on huge pages, one of which is 64 blocks of K or V of 8 heads of 64, but 1024 of scales:
+    the two of every layer would take tens of megabytes for the first token.
+    """
     mapping = mmap.mmap(-1, max(num_bytes, _PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+            mapping.madvise(mmap.MADV_HUGEPAGE, 0, huge)
     return torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
 
 
