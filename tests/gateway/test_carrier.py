@@ -191,10 +191,10 @@ def mailbox() -> tuple[carrier.Mailbox, list[tuple[str, int]]]:
 async def test_a_piece_is_followed_by_the_next_one_once_it_is_taken() -> None:
     box, orders = mailbox()
     for number in range(3):
-        box.put(Carried(1, whole=b"x", more=True))
+        box.put([Carried(1, whole=b"x", more=True)])
         assert orders == [("resume", 1)] * number, "not before it is taken"
         assert len(await box.take()) == 1
-    box.put(Carried(1, whole=b"last"))
+    box.put([Carried(1, whole=b"last")])
     assert (await box.take())[0].whole == b"last"
     assert orders == [("resume", 1)] * 3
 
@@ -203,17 +203,17 @@ async def test_a_reader_that_waits_for_a_piece_asks_for_the_next_one() -> None:
     box, orders = mailbox()
     taking = asyncio.ensure_future(box.take())
     await asyncio.sleep(0)
-    box.put(Carried(1, whole=b"x", more=True))
+    box.put([Carried(1, whole=b"x", more=True)])
     assert len(await taking) == 1
     assert orders == [("resume", 1)]
 
 
 async def test_the_time_of_a_request_that_waits_for_its_reader_is_not_over() -> None:
     box, _ = mailbox()
-    box.put(Carried(1, whole=b"x", more=True))
+    box.put([Carried(1, whole=b"x", more=True)])
     box.expire()
     await box.take()
-    box.put(Carried(1, whole=b"last"))
+    box.put([Carried(1, whole=b"last")])
     assert (await box.take())[0].whole == b"last"
     box.expire()
     with pytest.raises(RequestTimeout):

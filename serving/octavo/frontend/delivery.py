@@ -138,6 +138,7 @@ class Delivery:
         """The common case on a carrier: nothing but new tokens of the only choice."""
         sequence = state.sequences[0]
         if sequence.finish is not None:
+            self._send(state)
             return
         feed = sequence.output.feed
         for _, output in outputs:

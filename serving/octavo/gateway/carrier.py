@@ -48,7 +48,7 @@ class Mailbox:
         "timer",
     )
 
-    def __init__(self, carrier: Carrier, tag: int, take_at_once: TakeAtOnce | None) -> None:
+    def __init__(self, carrier: Carrier, tag: int, take_at_once: TakeAtOnce | None = None) -> None:
         self._carrier = carrier
         self._take_at_once = take_at_once
         self.tag = tag
