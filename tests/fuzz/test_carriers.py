@@ -25,7 +25,7 @@ def test_a_tag_that_cannot_be_sent_back_is_no_order(tag: str) -> None:
         wake_up=lambda sink: None,
         clock=lambda: 0.0,
     )
-    assert carriers.follow(b'{"carrier":"a","op":"open"}', "", Silent())
-    assert not carriers.follow(b'{"carrier":"a","op":"carry","tag":%s,"body":{}}' % tag.encode(), "", Silent())
-    assert carriers.follow(b'{"carrier":"a","op":"carry","tag":7,"body":{}}', "", Silent())
+    assert carriers.follow(b'{"carrier":"a","op":"open"}', Silent())
+    assert not carriers.follow(b'{"carrier":"a","op":"carry","tag":%s,"body":{}}' % tag.encode(), Silent())
+    assert carriers.follow(b'{"carrier":"a","op":"carry","tag":7,"body":{}}', Silent())
     assert followed == [b"{}"]

@@ -57,7 +57,12 @@ class Stream:
                 await self._out.put(service_pb2.ModelStreamInferResponse(error_message=self._fake.triton_error))
                 break
             request = json.loads(raw[4:])
-            if "carrier" in request:
+            if request.get("op") in self._fake.refused_orders:
+                self._fake.refused_orders.remove(request["op"])
+                refused = service_pb2.ModelStreamInferResponse(error_message="no room")
+                refused.infer_response.id = message.id
+                await self._out.put(refused)
+            elif "carrier" in request:
                 self._order(request)
             else:
                 self._run(request, None)
@@ -154,6 +159,7 @@ class FakeTriton:
         self.stall_on: Callable[[dict], bool] = lambda request: False
         self.disable_streaming = False
         self.num_bytes = 0  # sent
+        self.refused_orders: list[str] = []  # ops that Triton cannot pass on, once for each
         self.lost_carriers = 0  # how many of the next requests come on a carrier that is not known
         for log in (self.requests, self.ops, self.aborts, self.cancelled, self.orders):
             log.clear()

@@ -231,3 +231,61 @@ def test_a_slow_reader_costs_this_process_little(make_stack) -> None:
         until(lambda: "pause" in ops(stack))
         time.sleep(0.3)
         assert stack.fake.num_bytes <= 300_000, "of the million and more that it asked for"
+
+
+def test_an_order_that_triton_cannot_pass_on_concerns_its_request_alone(make_stack) -> None:
+    stack = make_stack()
+    stack.fake.words, stack.fake.delay = ["a"] * 30, 0.03
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(lines, stack, req_id=str(number)) for number in range(3)]
+        until(lambda: len(stack.fake.requests) == 3)
+        stack.fake.refused_orders = ["carry"]
+        said = lines(stack, req_id="unlucky")
+        assert [one["send_idx"] for one in said] == list(range(30))
+        assert all(len(other.result()) == 30 for other in others)
+    attempts = {request["req_id"]: request.get("attempt", 0) for request in stack.fake.requests}
+    assert attempts == {"0": 0, "1": 0, "2": 0, "unlucky": 1}
+    assert ops(stack).count("open") == 1
+
+
+def test_the_end_of_an_unlucky_request_that_stays_unlucky_is_503(make_stack) -> None:
+    stack = make_stack()
+    lines(stack)
+    stack.fake.refused_orders = ["carry"] * 100
+    answer = requests.post(f"{stack.url}/v1/completions", json={"text": "x"}, timeout=20)
+    assert answer.status_code == 503
+    stack.fake.refused_orders = []
+    assert [one["token"] for one in lines(stack)] == WORDS
+
+
+@pytest.mark.parametrize("op", ["pause", "resume"])
+def test_a_pause_or_resume_that_was_lost_is_given_again(make_stack, op: str) -> None:
+    stack = make_stack()
+    stack.fake.words = ["word " * 200] * 1000
+    stack.fake.refused_orders = [op]
+    body = json.dumps({"text": "x", "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", stack.port), timeout=20) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+                     b"content-length: %d\r\n\r\n%s" % (len(body), body))
+        until(lambda: "pause" in ops(stack))
+        assert not stack.fake.refused_orders or op == "resume"
+        received = b""
+        while part := slow.recv(1 << 20):
+            received += part
+    said = [json.loads(line) for line in received.splitlines() if line.startswith(b"{")]
+    assert [one["send_idx"] for one in said] == list(range(1000))
+    assert stack.fake.refused_orders == []
+
+
+def test_a_leave_that_was_lost_is_given_again(make_stack) -> None:
+    stack = make_stack()
+    stack.fake.words, stack.fake.delay = ["a"] * 300, 0.05
+    stack.fake.refused_orders = ["leave"]
+    body = json.dumps({"text": "x", "req_id": "leaves", "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", stack.port), timeout=10) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        connection.sendall(head + body)
+        connection.recv(100)
+    until(lambda: "leave" in ops(stack))
+    assert stack.fake.refused_orders == []

@@ -1,15 +1,18 @@
-"""The response sink of the Triton model: no question about cancellation is on its way while the last message is sent.
+"""The response sink of the Triton model: no question about cancellation is on its way while the last message is sent,
+and a stream ends even if its answer finds no room in shared memory.
 
-Triton 2.51 frees what such a question looks at with the last message, and dies. `pb_utils` is a stand-in here.
+Triton 2.51 frees what such a question looks at with the last message, and dies. Its sender takes nothing after a last
+message that failed. `pb_utils` is a stand-in here.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,3 +102,54 @@ def test_an_empty_last_message_ends_the_stream_without_a_response(model: Any) ->
     sink.send(b"", True)
     assert (request.sender.sent, request.sender.responses) == ([(1, False)], [None])
     assert sink.cancelled() is True
+
+
+class Full(Sender):
+    """Shared memory has room for `room` bytes."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.closed = room, False
+
+    def send(self, response: object = None, flags: int = 0) -> None:
+        if self.closed:
+            raise RuntimeError("response sender has been closed")
+        self.closed = flags == 1
+        if response is not None and len(response[0][0]) > self.room:  # type: ignore[index]
+            raise RuntimeError("Failed to increase the shared memory pool size")
+        super().send(response, flags)
+
+
+@pytest.fixture
+def full_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.os, "statvfs", lambda path: SimpleNamespace(f_bavail=10, f_frsize=4096))
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_an_answer_that_finds_no_room_is_an_error_at_once(model: Any, full_memory: None, final: bool) -> None:
+    request = Request()
+    request.sender = Full(room=500)
+    sink = model.ResponseSink(request)
+    sink.send(b"x" * 400, False)
+    with pytest.raises(model.SinkClosed):
+        sink.send(b"x" * 600, final)
+    assert [flags for flags, _ in request.sender.sent] == [0, 1]
+    last = json.loads(request.sender.responses[-1][0][0])
+    assert last["error_code"] == 503
+    assert "shared memory" in last["error_msg"]
+    with pytest.raises(model.SinkClosed):
+        sink.send(b"more", True)
+
+
+def test_where_room_is_short_an_answer_that_fits_goes_ahead_of_the_end(model: Any, full_memory: None) -> None:
+    request = Request()
+    request.sender = Full(room=500)
+    model.ResponseSink(request).send(b"x" * 400, True)
+    assert [flags for flags, _ in request.sender.sent] == [0, 1]
+    assert request.sender.responses[1] is None
+
+
+def test_where_there_is_room_the_end_rides_on_the_last_message(model: Any) -> None:
+    request = Request()
+    model.ResponseSink(request).send(b"x" * 400, True)
+    assert [flags for flags, _ in request.sender.sent] == [1]

@@ -6,6 +6,7 @@ model is decoupled, answers are sent by the front end's threads. Knows nothing o
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -22,8 +23,15 @@ if importlib.util.find_spec("octavo") is None:  # bare Triton on a checkout
 
 from octavo.frontend.frontend import FrontEnd
 from octavo.frontend.sink import SinkClosed
-from octavo.protocol.errors import InvalidRequest
+from octavo.protocol.answers import encode_error
+from octavo.protocol.errors import InvalidRequest, Unavailable
 from octavo.settings import Settings
+
+log = logging.getLogger("octavo.model")
+
+SHARED_MEMORY = "/dev/shm"
+ROOM_BYTES = 2 << 20  # it grows by 1 MiB at least
+_NO_ROOM = encode_error(Unavailable("the answer could not be sent: the server's shared memory is full"), None)
 
 
 class ResponseSink:
@@ -32,6 +40,10 @@ class ResponseSink:
     The sender is let go with the last message: Triton cannot unload the model, nor end, while one is alive. Triton
     frees what a question about cancellation looks at once the last message is there, and dies of one that is still
     on its way (a segmentation fault in ResponseFactoryIsCancelled); so those two exclude each other.
+
+    A message that finds no room in shared memory fails, and a last message that fails leaves the client waiting for
+    ever: the sender takes nothing after it. So where room is short the answer goes ahead of an empty last message, and
+    if it does not fit, the last message says so.
     """
 
     def __init__(self, request: object) -> None:
@@ -40,26 +52,40 @@ class ResponseSink:
 
     def send(self, payload: bytes, final: bool) -> None:
         """Send one message. An empty one with `final` ends the stream without a word."""
-        if not final:
-            self._send(payload, 0)
-            return
+        try:
+            if final and (not payload or _has_room(len(payload))):
+                self._end(payload)
+            else:
+                self._send(payload, 0)
+                if final:
+                    self._end(b"")
+        except pb_utils.TritonModelException as error:
+            self._break_off(len(payload), error)
+            raise SinkClosed(str(error)) from None
+
+    def _send(self, payload: bytes, flags: int) -> None:
+        if self._sender is None:
+            raise SinkClosed("the last message was sent")
+        if payload:
+            tensor = pb_utils.Tensor("OUT", np.array([payload], dtype=np.object_))
+            self._sender.send(pb_utils.InferenceResponse(output_tensors=[tensor]), flags=flags)
+        else:
+            self._sender.send(flags=flags)
+
+    def _end(self, payload: bytes) -> None:
         with self._asking:
             try:
                 self._send(payload, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             finally:
                 self._sender = None
 
-    def _send(self, payload: bytes, flags: int) -> None:
+    def _break_off(self, num_bytes: int, error: Exception) -> None:
+        """Whoever waits for what could not be sent hears of it."""
         if self._sender is None:
-            raise SinkClosed("the last message was sent")
-        try:
-            if payload:
-                tensor = pb_utils.Tensor("OUT", np.array([payload], dtype=np.object_))
-                self._sender.send(pb_utils.InferenceResponse(output_tensors=[tensor]), flags=flags)
-            else:
-                self._sender.send(flags=flags)
-        except pb_utils.TritonModelException as error:
-            raise SinkClosed(str(error)) from None
+            return
+        log.error("a message of %d bytes could not be sent: %s", num_bytes, error)
+        with contextlib.suppress(pb_utils.TritonModelException):
+            self._end(_NO_ROOM)
 
     def cancelled(self) -> bool:
         if not self._asking.acquire(blocking=False):
@@ -92,6 +118,12 @@ class TritonPythonModel:
         self._frontend.finalize()
 
 
+def _has_room(num_bytes: int) -> bool:
+    """Whether Triton's shared memory can grow by a message of so many bytes, whatever is free inside it."""
+    free = os.statvfs(SHARED_MEMORY)
+    return free.f_bavail * free.f_frsize >= num_bytes + ROOM_BYTES
+
+
 def _body(request: object) -> bytes:
     """The one string in IN; what is no single string becomes a body that is refused."""
     try:
@@ -114,5 +146,5 @@ def _end_with(parent: int) -> None:
         pass
     for argument in Path("/proc/self/cmdline").read_text().split("\0"):
         if argument.startswith("octavo_") and "/" not in argument:
-            Path("/dev/shm", argument).unlink(missing_ok=True)
+            Path(SHARED_MEMORY, argument).unlink(missing_ok=True)
     os._exit(1)

@@ -3,10 +3,6 @@
 One lock guards all of it; no method blocks or sends under it. The intake thread admits, the link thread brings the
 engine's events, the delivery thread takes and releases, the sweeper and ops post verdicts. `RequestState` says which
 of its fields the lock guards.
-
-The queue bound counts sequences that were accepted and that the engine does not run yet. Locally that is the larger
-of two sound numbers: all sequences in flight less BATCH_SIZE (no engine runs more than that), and what the engine
-itself last called waiting, as far as these sequences never gave a token (preempted ones did).
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ from collections.abc import Callable
 from octavo.frontend.engine_view import EngineView, Phase
 from octavo.frontend.key_usage import KeyUsage
 from octavo.frontend.quarantine import Quarantine
+from octavo.frontend.queue_bound import QueueBound
 from octavo.frontend.state import RequestState, SequenceState
 from octavo.protocol.errors import Conflict, InternalError, OctavoError, QueueFull, Unavailable
 from octavo.protocol.messages import Abort, EngineInfo, EngineStats, SequenceOutput, StepOutputs, Submit, ToEngine
@@ -36,7 +33,7 @@ class Registry:
                  send: Callable[[ToEngine], None], wake: Callable[[list[RequestState]], None],
                  usage: KeyUsage | None = None) -> None:
         self._batch_size = batch_size
-        self._max_waiting = max_waiting
+        self._bound = QueueBound(batch_size=batch_size, max_waiting=max_waiting)
         self._clock = clock
         self._send = send
         self._wake = wake
@@ -45,7 +42,6 @@ class Registry:
         self._requests: dict[int, RequestState] = {}  # by id(): superseded ones too, until they end
         self._by_seq_id: dict[int, SequenceState] = {}  # sequences that the engine has not ended
         self._owner: dict[int, RequestState] = {}  # seq_id to request
-        self._num_started = 0  # of the sequences in _by_seq_id
         self._next_seq_id = 1
         self._quarantine = Quarantine()
         self._woken: list[RequestState] | None = None  # those of the step that is being taken in
@@ -90,13 +86,11 @@ class Registry:
         older = self._by_req_id.get(req_id)
         if older is not None and (request.attempt <= older.request.attempt or request.key != older.request.key):
             raise Conflict(f"req_id ({_shown(req_id)}) is in flight", field="req_id")
-        waiting = self._num_waiting()
-        overflow = len(self._by_seq_id) + num_sequences - self._batch_size
-        after = max(overflow, waiting + num_sequences if waiting else 0)
         exempt = request.resume_inside or older is not None  # who supersedes takes no new place
-        if after > max(self._max_waiting, 0) and not exempt:
+        if not exempt and not self._bound.admits(_client(request), num_sequences, told=self._told()):
             self._usage.of(request.key).refused += 1
-            raise QueueFull(f"{waiting} requests are waiting (MAX_CACHED_TASK_NUM {self._max_waiting})")
+            waiting, most = self._num_waiting(), self._bound.max_waiting
+            raise QueueFull(f"{waiting} requests are waiting (MAX_CACHED_TASK_NUM {most})")
 
     def _check_phase(self, request: Request) -> None:
         engine = self.engine
@@ -113,6 +107,7 @@ class Registry:
         sequence.seq_id, self._next_seq_id = self._next_seq_id, self._next_seq_id + 1
         self._by_seq_id[sequence.seq_id] = sequence
         self._owner[sequence.seq_id] = state
+        self._bound.enter(_client(state.request))
         sequence.in_engine = False
         if self._quarantine:
             self._holding = True
@@ -125,7 +120,7 @@ class Registry:
             sequence.in_engine, sequence.num_at_submit = True, len(sequence.received)
             request = state.request
             self._send(Submit(sequence.seq_id, state.prompt_ids, sequence.params, list(sequence.received),
-                              request.priority, request.tenant or request.key or ""))
+                              request.priority, _client(request)))
 
     def _submit_held(self) -> None:
         """After a change of the quarantine: the suspect whose turn it is, or all who had to wait for suspects."""
@@ -137,9 +132,10 @@ class Registry:
             self._submit(sequence)
 
     def _num_waiting(self) -> int:
-        unstarted = len(self._by_seq_id) - self._num_started
-        told = self.engine.stats.num_waiting if self.engine.stats is not None else 0
-        return max(len(self._by_seq_id) - self._batch_size, min(told, unstarted), 0)
+        return self._bound.num_waiting(self._told())
+
+    def _told(self) -> int:
+        return self.engine.stats.num_waiting if self.engine.stats is not None else 0
 
     # ---- link
 
@@ -162,7 +158,7 @@ class Registry:
             alive = sorted(self._by_seq_id.items())
             self._by_seq_id.clear()
             owners, self._owner = self._owner, {}
-            self._num_started = 0
+            self._bound.clear()
             if not same_engine:
                 self._quarantine.count_death(self._were_running([sequence for _, sequence in alive]))
             self._quarantine.begin([sequence for _, sequence in alive])
@@ -232,7 +228,7 @@ class Registry:
             sequence.received += output.token_ids
             if not sequence.started:
                 sequence.started = True
-                self._num_started += 1
+                self._bound.start(_client(state.request))
         if output.finish_reason is not None:
             self._forget(sequence)
             self._submit_held()
@@ -289,8 +285,9 @@ class Registry:
     def _forget(self, sequence: SequenceState) -> None:
         sequence.ended = True
         self._quarantine.discard(sequence)
-        del self._by_seq_id[sequence.seq_id], self._owner[sequence.seq_id]
-        self._num_started -= sequence.started
+        state = self._owner.pop(sequence.seq_id)
+        del self._by_seq_id[sequence.seq_id]
+        self._bound.leave(_client(state.request), started=sequence.started)
 
     # ---- sweeper and ops
 
@@ -346,6 +343,11 @@ class Registry:
         """Requests that the engine is done with and whose last message has not left: their readers are behind."""
         with self._lock:
             return sum(state.generated for state in self._requests.values())
+
+
+def _client(request: Request) -> str:
+    """Whose turn it takes and whose share of the queue."""
+    return request.tenant or request.key or ""
 
 
 def _shown(req_id: str) -> str:

@@ -164,7 +164,7 @@ class Carriers:
         self._decode = order_decoder().decode
         self._carriers: dict[str, Carrier] = {}
 
-    def follow(self, raw: bytes, triton_id: str, sink: Sink) -> bool:
+    def follow(self, raw: bytes, sink: Sink) -> bool:
         """Follow an order; False if it is none. Execute thread only."""
         try:
             order = self._decode(raw)
@@ -185,13 +185,13 @@ class Carriers:
             self._carriers.pop(order.carrier, None)  # the sweeper may have found its receiver gone
             carrier.end()
         else:
-            self._on_request(carrier, order, triton_id)
+            self._on_request(carrier, order)
         return True
 
-    def _on_request(self, carrier: Carrier, order: Order, triton_id: str) -> None:
+    def _on_request(self, carrier: Carrier, order: Order) -> None:
         if order.op == "carry":
             sink = carrier.sinks[order.tag] = CarriedSink(carrier, order.tag)
-            self._submit(bytes(order.body), triton_id, sink)
+            self._submit(bytes(order.body), "", sink)  # Triton's id is the order's
             return
         known = carrier.sinks.get(order.tag)
         if known is None:

@@ -77,7 +77,7 @@ class FrontEnd:
     def submit(self, body: bytes | str, triton_id: str, sink: Sink) -> None:
         """Take one body. Never blocks for long and never raises; the answer goes to `sink`."""
         raw = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
-        if raw.startswith(ORDER_PREFIX) and self._carriers.follow(raw, triton_id, sink):
+        if raw.startswith(ORDER_PREFIX) and self._carriers.follow(raw, sink):
             pass  # a body that is too large is refused to its own request, not to the stream
         elif len(raw) > QUICK_BYTES or b'"op"' not in raw or not self._answered(raw, triton_id, sink):
             self._arrive(raw, triton_id, sink)

@@ -2,7 +2,8 @@
 
 Lives on the worker's event loop: one task reads batches and puts each message into its request's mailbox, one writes
 orders. Nothing here waits for whoever reads a mailbox; a mailbox that fills up has its request paused at the front
-end. A stream that breaks fails every mailbox. Knows nothing of HTTP or of what messages say.
+end. A stream that breaks fails every mailbox; an order that Triton could not pass on, the one it was about. Knows
+nothing of HTTP or of what messages say.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 import grpc
 import msgspec
+from tritonclient.grpc import service_pb2
 
 from octavo.gateway.triton import Lost, failure_of, infer_request, payload_of
 from octavo.protocol.carrier import Carried, Order, carried_decoder
@@ -27,6 +29,7 @@ ENTRY_BYTES = 128  # what a message takes besides its text
 IDLE_SECONDS = 1.0  # without requests, until the stream is closed: Triton does not end while one is open
 WORN_BYTES = 4 << 20  # received on one stream: Triton keeps all of it until the stream ends
 RESPONSE_BYTES = 512  # what Triton keeps of a response besides its payload
+REPEAT_SECONDS = 0.2  # until an order that Triton could not pass on is given again
 END_SECONDS = 1.0  # for Triton to close a stream that was asked to end
 
 
@@ -140,7 +143,7 @@ class Carrier:
 
     # ---- requests
 
-    def send(self, body: bytes, triton_id: str, *, seconds: float, take_at_once: TakeAtOnce | None = None) -> Mailbox:
+    def send(self, body: bytes, *, seconds: float, take_at_once: TakeAtOnce | None = None) -> Mailbox:
         """Send a request; its mailbox fails with RequestTimeout after `seconds`. While somebody waits at the mailbox,
         messages are offered to `take_at_once`.
         """
@@ -150,7 +153,7 @@ class Carrier:
         self._last_tag += 1
         box = self._boxes[self._last_tag] = Mailbox(self, self._last_tag, take_at_once)
         box.timer = asyncio.get_running_loop().call_later(max(0.001, seconds), box.expire)
-        self.order("carry", box.tag, body=body, triton_id=triton_id)
+        self.order("carry", box.tag, body=body)
         return box
 
     def leave(self, box: Mailbox, *, ended: bool) -> None:
@@ -180,12 +183,12 @@ class Carrier:
             self._idle = None
         self._rest()
 
-    def order(self, op: str, tag: int = 0, *, body: bytes = b"", triton_id: str = "") -> None:
-        """Put an order into the queue of what is written."""
+    def order(self, op: str, tag: int = 0, *, body: bytes = b"") -> None:
+        """Put an order into the queue of what is written. Triton names it when it cannot pass it on."""
         if not self.usable and op != "end":
             return
         order = Order(self._name, op, tag, msgspec.Raw(body)) if body else Order(self._name, op, tag)
-        self._orders.append((msgspec.json.encode(order), triton_id))
+        self._orders.append((msgspec.json.encode(order), f"{op} {tag}"))
         self._ordered.set()
 
     # ---- the stream
@@ -203,8 +206,8 @@ class Carrier:
         try:
             while True:
                 while self._orders:
-                    payload, triton_id = self._orders.popleft()
-                    await self._call.write(infer_request(payload, triton_id))
+                    payload, name = self._orders.popleft()
+                    await self._call.write(infer_request(payload, name))
                 if self._ending:
                     await self._call.done_writing()
                     return
@@ -219,7 +222,8 @@ class Carrier:
     async def _read_all(self) -> None:
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
-                self._deliver(payload_of(response))
+                if not response.error_message or not self._spare(response):
+                    self._deliver(payload_of(response))
             self._fail(Lost("the stream ended early", refused=False))
         except grpc.aio.AioRpcError as error:
             self._fail(failure_of(error))
@@ -235,6 +239,24 @@ class Carrier:
             self._fail(Lost("the stream cannot be read", refused=False))
         finally:
             self._writing.cancel()
+
+    def _spare(self, response: service_pb2.ModelStreamInferResponse) -> bool:
+        """Triton could not pass on an order. True if that was about one request, which takes the blow alone."""
+        op, _, tag = response.infer_response.id.partition(" ")
+        if op not in ("carry", "leave", "pause", "resume"):
+            return False
+        log.warning("the order %s failed: %s", op, response.error_message)
+        box = self._boxes.get(int(tag))
+        if op == "carry" and box is not None:
+            box.fail(Lost(response.error_message, refused=True, reached=True))
+        elif op != "carry":
+            asyncio.get_running_loop().call_later(REPEAT_SECONDS, self._repeat, int(tag))
+        return True
+
+    def _repeat(self, tag: int) -> None:
+        """Order again what should hold now."""
+        box = self._boxes.get(tag)
+        self.order("leave" if box is None else "pause" if box.paused else "resume", tag)
 
     def _deliver(self, payload: bytes) -> None:
         """Put a batch into mailboxes."""

@@ -153,7 +153,7 @@ class Upstream:
             raise InternalError("the request is too large for the model server")
         carrier = self._usable_carrier()
         take_at_once = None if direct is None else partial(self._take_at_once, direct, progress)
-        box = carrier.send(payload, str(body.get("req_id", "")), seconds=seconds_left, take_at_once=take_at_once)
+        box = carrier.send(payload, seconds=seconds_left, take_at_once=take_at_once)
         try:
             while not progress.closed:
                 batch, error = self._read(await box.take(), progress)
