@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from chaos.conftest import Foreground, start
 from chaos.scoreboard import Row
 from chaos.streams import Crowd
+from chaos.test_slow_readers import ask_and_never_read, check_complete, read_on
 from chaos.victims import alive, descendants_of, wait_until
 from server.conftest import make_server
 
@@ -74,6 +76,31 @@ def test_sigterm_ends_the_rest_with_a_clean_error(tmp_path: Path, row: Row) -> N
         assert code == 0
         told = [stream.error for stream in crowd.streams]
         assert all(error == "503: the server is shutting down" or error.startswith("503: b") for error in told), told
+        assert not any(map(alive, family))
+        row.leaks += house.victim.regions()
+        row.check()
+
+
+@pytest.mark.slow
+def test_a_drain_waits_for_slow_readers_and_not_for_ever(tmp_path: Path, row: Row) -> None:
+    """All is generated; one reads on while the server drains and gets its whole answer, one never reads."""
+    server = make_server(tmp_path, BATCH_SIZE="4", DRAIN_SECONDS="8")
+    with contextlib.ExitStack() as opened, Foreground(server, "-m", "octavo.node") as house:
+        family = descendants_of(house.victim.node)
+        port = server.port("PUSH_MODE_HTTP_PORT")
+        readers = [opened.enter_context(contextlib.closing(ask_and_never_read(port, at))) for at in range(2)]
+        wait_until(lambda: house.victim.health()["frontend"]["unread"] == 2, seconds=60, what="all generated")
+        house.process.terminate()
+        row.faults, row.streams = 1, 2
+        began = time.monotonic()
+        wait_until(lambda: not house.victim.ready(), seconds=3, what="not ready")
+        time.sleep(2)
+        assert house.process.poll() is None, "it waits for its readers"
+        check_complete(read_on(readers[0]))
+        code = house.process.wait(30)
+        row.recovery.append(time.monotonic() - began)
+        assert code == 0
+        assert 8 <= row.recovery[0] <= 25
         assert not any(map(alive, family))
         row.leaks += house.victim.regions()
         row.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hmac
 import json
 import os
 import socket
@@ -18,9 +19,10 @@ import requests
 
 from gateway.conftest import Stack, running
 from gateway.test_worker import environ
-from octavo.gateway.edge import OPEN_PATHS
+from octavo.gateway.edge import OPEN_PATHS, Edge
 from octavo.node.errors import NodeError
 from octavo.node.tls import check_tls
+from octavo.protocol.errors import Unauthorized
 from octavo.settings import Settings, SettingsError
 from server.conftest import REPOSITORY, Server, make_server
 
@@ -118,6 +120,22 @@ def test_what_is_no_key_is_401(locked: Stack, headers: dict[str, str]) -> None:
 def test_every_key_opens(locked: Stack, headers: dict[str, str]) -> None:
     answer = requests.post(f"{locked.url}/v1/completions", json={"text": "x"}, headers=headers, timeout=10)
     assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("key", [KEYS[0], KEYS[1], KEYS[0][:-1], "", "x" * 4000, "ключ"])
+def test_every_key_is_compared_by_digests_whether_one_matches_or_not(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """So how long it takes says nothing about how much of a key is right, nor which one it is."""
+    seen: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: (seen.append((len(a), len(b))), compare(a, b))[1])
+    edge = Edge(lambda *_: None, api_keys=KEYS, new_id=lambda: "id")  # type: ignore[arg-type,return-value]
+    headers = {"authorization": f"Bearer {key}".encode().decode("latin-1")}
+    try:
+        assert edge._name_of_key(headers)
+        assert key in KEYS
+    except Unauthorized:
+        assert key not in KEYS
+    assert seen == [(32, 32)] * 2 * len(KEYS), "each of the two headers against each key"
 
 
 # ---- what other servers fell over
