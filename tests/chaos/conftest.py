@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from chaos.prober import Prober
+from chaos.prober import probing
 from chaos.scoreboard import Row, Scoreboard
 from chaos.streams import Crowd, Stream
 from chaos.victims import Footprint, Victim, wait_until
@@ -94,13 +94,14 @@ class House:
 
         `cuts`: gateways die, so a connection may break.
         """
-        with Prober(self.victim.server) as prober, self.crowd(through_client=through_client) as crowd:
+        with (
+            probing(self.victim.server, row, cuts=cuts),
+            self.crowd(through_client=through_client) as crowd,
+        ):
             crowd.wait_all_started()
             yield crowd
             crowd.wait_end()
         crowd.judge(row, self.reference, late_seconds=late_seconds)
-        print("lies:", prober.lies, "cut:", prober.cut)
-        row.probes, row.lies = prober.num_sent, len(prober.lies) + (0 if cuts else len(prober.cut))
         self.victim.wait_idle()
         row.leaks += self.victim.leaks(self.footprint)
         row.check()

@@ -5,15 +5,27 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 
+from chaos.scoreboard import Row
 from octavo_client import Client, Options
 from server.conftest import Server
 
 PAUSE_SECONDS = 0.1
 MAX_RUNNING = 16
 BODY = {"text": "hello, llm", "max_dec_len": 2, "timeout": 100}
+
+
+@contextmanager
+def probing(server: Server, row: Row, *, cuts: bool = False) -> Iterator[None]:
+    """Probe meanwhile, and count the lies. `cuts`: gateways die, so a connection may break."""
+    with Prober(server) as prober:
+        yield
+    print("lies:", prober.lies, "cut:", prober.cut)
+    row.probes, row.lies = prober.num_sent, len(prober.lies) + (0 if cuts else len(prober.cut))
 
 
 class Prober:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from chaos.conftest import Foreground
-from chaos.prober import Prober
+from chaos.prober import probing
 from chaos.scoreboard import Row
 from chaos.streams import Crowd
 from chaos.victims import alive, descendants_of
@@ -27,7 +27,7 @@ def test_a_poison_is_ended_and_the_others_go_on(tmp_path: Path, row: Row) -> Non
     with Foreground(server, str(STANDIN / "node.py")) as house:
         with Crowd(server.gateway, count=STREAMS, num_tokens=TOKENS) as undisturbed:
             undisturbed.wait_end()
-        with Prober(server) as prober, Crowd(server.gateway, count=STREAMS, num_tokens=TOKENS) as crowd:
+        with probing(server, row), Crowd(server.gateway, count=STREAMS, num_tokens=TOKENS) as crowd:
             crowd.wait_all_started()
             body = {"input_ids": [4000] * 8, "max_dec_len": 4}
             answer = httpx.post(f"{server.gateway}/v1/chat/completions", json=body, timeout=90)
@@ -38,13 +38,12 @@ def test_a_poison_is_ended_and_the_others_go_on(tmp_path: Path, row: Row) -> Non
         assert answer.status_code == 500
         assert "the engine failed again and again on this request" in answer.text
         crowd.judge(row, undisturbed.streams, late_seconds=30)
-        row.probes, row.lies = prober.num_sent, len(prober.lies) + len(prober.cut)
         house.victim.wait_ready(seconds=10)
         row.check()
 
 
 def test_a_crash_loop_ends_with_the_reason(tmp_path: Path, row: Row) -> None:
-    """Five deaths of the engine and no request that ended in between."""
+    """Five deaths of the engine and no request that ended in between; so no probe either."""
     server = make_server(tmp_path, MAX_DEC_LEN="8000", BATCH_SIZE="4")
     with Foreground(server, "-m", "octavo.node") as house:
         family = descendants_of(house.victim.node)
@@ -90,7 +89,7 @@ def watch(house: Foreground, reasons: set[str], refusals: set[str]) -> None:
 
 def test_deaths_with_requests_served_between_them_are_no_loop(tmp_path: Path, row: Row) -> None:
     server = make_server(tmp_path, MAX_DEC_LEN="8000")
-    with Foreground(server, "-m", "octavo.node") as house:
+    with Foreground(server, "-m", "octavo.node") as house, probing(server, row):
         for _ in range(7):
             old = house.victim.signal("engine")
             row.faults += 1
@@ -99,3 +98,4 @@ def test_deaths_with_requests_served_between_them_are_no_loop(tmp_path: Path, ro
             assert httpx.post(f"{server.gateway}/v1/chat/completions", json=body, timeout=30).status_code == 200
             time.sleep(0.6)  # node looks now and then at how many were served
         assert house.process.poll() is None
+    row.check()

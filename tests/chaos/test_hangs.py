@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from chaos.conftest import Foreground, House
+from chaos.prober import probing
 from chaos.scoreboard import Row
 from chaos.victims import Victim, wait_until
 from server.conftest import make_server
@@ -66,12 +67,14 @@ def test_a_step_that_never_ends(tmp_path: Path, row: Row) -> None:
         answers: list[httpx.Response] = []
         body = {"input_ids": [4001] * 8, "max_dec_len": 4, "min_dec_len": 4}
         sender = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body, timeout=60)))
-        sender.start()
-        row.faults = 1
-        began = time.monotonic()
-        wait_until(lambda: house.victim.pid("engine") not in (None, old), seconds=20, what="another engine")
-        row.recovery.append(time.monotonic() - began)
-        (shown,) = [one for one in house.victim.health()["processes"] if one["name"] == "engine"]
-        assert "past its step's deadline" in shown["last_end"]
-        sender.join(60)
+        with probing(server, row):
+            sender.start()
+            row.faults = 1
+            began = time.monotonic()
+            wait_until(lambda: house.victim.pid("engine") not in (None, old), seconds=20, what="another engine")
+            row.recovery.append(time.monotonic() - began)
+            (shown,) = [one for one in house.victim.health()["processes"] if one["name"] == "engine"]
+            assert "past its step's deadline" in shown["last_end"]
+            sender.join(60)
+        row.check()
         assert (answers[0].status_code, answers[0].json()["tokens_all_num"]) == (200, 4)

@@ -15,6 +15,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 
 from chaos.conftest import House
+from chaos.prober import probing
 from chaos.scoreboard import Row
 from chaos.streams import Crowd
 
@@ -93,6 +94,7 @@ def test_grpc_clients_of_a_dead_triton(house: House, row: Row, name: str) -> Non
     reference = house.reference[:8]
     failed: queue.Queue = queue.Queue()
     with (
+        probing(server, row),
         Crowd(f"grpc://{server.grpc}", count=8, num_tokens=house.num_tokens, through_client=True) as crowd,
         grpcclient.InferenceServerClient(server.grpc) as raw,
     ):

@@ -17,6 +17,7 @@ from contextlib import aclosing
 import pytest
 
 from chaos.conftest import House
+from chaos.prober import probing
 from chaos.scoreboard import Row
 from chaos.victims import Victim, wait_until
 from octavo_client import AsyncClient, Options
@@ -136,7 +137,8 @@ def soak(house: House, row: Row, *, seconds: float, seed: int, steep: float | No
     victim.wait_idle()
     before = victim.footprint()
     traffic.thread.start()
-    torment(victim, row, seconds=seconds / 2, chance=random.Random(seed))
+    with probing(victim.server, row, cuts=True):
+        torment(victim, row, seconds=seconds / 2, chance=random.Random(seed))
     slopes = calm(victim, seconds=seconds / 2)
     traffic.stop()
     print("errors:", traffic.errors)
