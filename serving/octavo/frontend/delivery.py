@@ -210,15 +210,15 @@ class Delivery:
         is fits one piece.
         """
         limit = self._composer.piece_tokens(state)
-        for sequence in state.sequences:
-            if sequence.output.num_free > limit:
-                message = self._composer.next_message(state, sequence, limit=limit)
-                assert message is not None
-                self._count(state, sequence, message)
-                sink.send_piece(self._encoder.encode([message]))
-                return True
-        sink.behind = False
-        return False
+        if sum(sequence.output.num_free for sequence in state.sequences) <= limit:
+            sink.behind = False
+            return False
+        sequence = next(sequence for sequence in state.sequences if sequence.output.has_free)
+        message = self._composer.next_message(state, sequence, limit=limit)
+        assert message is not None
+        self._count(state, sequence, message)
+        sink.send_piece(self._encoder.encode([message]))
+        return True
 
     def _send_all(self, state: RequestState, sink: Sink) -> None:
         messages = []
