@@ -166,10 +166,10 @@ def held_end(house: House, orders: Orders, **body: Any) -> None:
     wait_for(lambda: house.op("info")["frontend"]["unread"] == 1)
 
 
-def read_on(orders: Orders) -> list[dict[str, Any]]:
-    """Ask for piece after piece until the request has ended."""
+def read_on(orders: Orders, *, n: int = 1) -> list[dict[str, Any]]:
+    """Ask for piece after piece until all choices of the request have ended."""
     read = len(orders.stream.of(1))
-    while not orders.stream.has_ended(1):
+    while sum(one["is_end"] for one in orders.stream.whole(1)) < n:
         orders.send("resume", 1)
         wait_for(lambda so_far=read: len(orders.stream.of(1)) > so_far)
         read = len(orders.stream.of(1))
@@ -199,7 +199,7 @@ def test_what_was_held_back_comes_in_pieces(house: House, monkeypatch: pytest.Mo
     alone = house.ask(req_id="r0", text="x", infer_seed=7, max_dec_len=400, return_all_tokens=True, **body)
     orders = Orders(house)
     held_end(house, orders, max_dec_len=400, return_all_tokens=True, **body)
-    messages = read_on(orders)
+    messages = read_on(orders, n=body.get("n", 1))
     pieces = [message for message in orders.stream.of(1) if message.more]
     assert len(pieces) >= 2 * body.get("n", 1)
     assert all(len(message.whole) < 4000 for message in pieces)
