@@ -75,7 +75,7 @@ def create_pool(library: ctypes.CDLL, num_threads: int, *, tiles: bool, owner: o
     if handle is None:
         raise OSError("tile registers are not to be had: they need Linux 5.16 and a library built by g++ 11")
     weakref.finalize(owner, library.octavo_pool_destroy, handle)
-    return handle
+    return int(handle)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
