@@ -1,12 +1,12 @@
-# Each target is one line and is what CI and the README run. Uses the active virtual environment, else ./.venv.
-PYTHON := $(or $(VIRTUAL_ENV),.venv)/bin/python
+# Each target is one line and is what CI and the README run. Uses the active virtual environment, else ./.venv, else python3.
+PYTHON := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,$(or $(wildcard .venv/bin/python),python3))
 
 .PHONY: setup test test-full test-gpu lint types bench bench-gpu gpu-budgets format
 
 setup: ; @bash start_server.sh --install test
 test: setup lint types ; $(PYTHON) -m pytest -m "not slow"
 test-full: setup lint types ; $(PYTHON) -m pytest
-test-gpu: ; $(PYTHON) -m pytest tests/gpu tests/kernels_gpu
+test-gpu: ; $(PYTHON) -m pytest tests/gpu tests/kernels_gpu -m "not slow"
 bench-gpu: ; $(PYTHON) benchmarks/gpu/bench.py --json benchmarks/results/gpu.json
 gpu-budgets: ; cd tests && PYTHONPATH=.:../serving $(abspath $(PYTHON)) -m kernels_gpu.compiled --write
 lint: ; $(PYTHON) -m ruff check .

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpu.without_msgspec import provide
 from octavo.kernels.choose import choose
 from octavo.kernels.interface import Kernels
 from octavo.kernels.reference import ReferenceKernels
+
+provide()  # before the engine's tests are imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("msgspec")
-
 from octavo.engine.core import EngineCore, default_budget, make_scheduler
 from octavo.engine.decode_graphs import DecodeGraphs
 from octavo.engine.gpu_runner import GpuRunner
