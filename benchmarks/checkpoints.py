@@ -17,13 +17,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 VOCAB = 32_000
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, *, vocab: int = VOCAB) -> None:
     """tokenizer.json and its configuration, unless they are there."""
     if (folder / "tokenizer.json").is_file():
         return
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<pad>", "<s>", "</s>", *alphabet]
-    words += [f"Ġw{index}" for index in range(VOCAB - len(words))]
+    words += [f"Ġw{index}" for index in range(vocab - len(words))]
     tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

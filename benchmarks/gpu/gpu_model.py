@@ -27,9 +27,16 @@ class Shape:
     intermediate: int
     vocab: int
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of int8 that a decode step reads: the products of all layers, and the head."""
+        linears = sum(outputs * inputs for outputs, inputs in _linears(self).values())
+        return self.layers * linears + self.vocab * self.hidden
+
 
 LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)
 TINY = Shape(512, 2, 8, 2, 64, 1280, 1024)
+TOY = Shape(64, 2, 4, 2, 16, 96, 600)  # for dry runs
 
 
 def make_model(folder: Path, shape: Shape, *, scheme: str = "w8a8", device: str = "cuda", seed: int = 0) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from octavo.kernels.interface import (
     PackedLinear,
 )
 
-DEVICE = torch.device("cuda")
+Result = TypeVar("Result")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a CPU for dry runs of the benchmark
 
 
 def layout_of(lengths: list[int], rows: list[int], *, seed: int = 0, max_seq_len: int = 0) -> BatchLayout:
@@ -68,6 +71,7 @@ class Shape:
 
 LLAMA_8B = Shape(4096, 14336, HeadLayout(32, 8, 128, 128**-0.5))
 SMALL = Shape(512, 1280, HeadLayout(8, 2, 64, 0.125))
+TOY = Shape(64, 96, HeadLayout(4, 2, 16, 0.25))  # for dry runs of the benchmark
 
 
 class Layer:
@@ -102,20 +106,18 @@ class Layer:
         return kernels.linear(hidden, self.down, residual=x)
 
 
-def captured(
-    layers: list[Layer], x: Tensor, layout: BatchLayout, cos_sin: Tensor
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of all layers over the memory of x and layout, and where its result will be."""
+def captured(work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of work on fixed memory, and where its result will be."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):  # compiles, and fills the allocator
-            run(layers, x, layout, cos_sin)
+            work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = run(layers, x, layout, cos_sin)
-    return graph, y
+        result = work()
+    return graph, result
 
 
 def run(layers: list[Layer], x: Tensor, layout: BatchLayout, cos_sin: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def test_replay_equals_eager(gpu: Kernels, shape: Shape, limbs: int) -> None:
     layers = [Layer(gpu, shape, limbs=limbs, blocks=num_blocks([LONGEST] * 3), seed=i) for i in range(2)]
     cos_sin, layout = angles(LONGEST, shape.heads.head_dim), batch(first)
     x = torch.randn(3, shape.hidden, device=DEVICE)
-    graph, y = captured(layers, x, layout, cos_sin)
+    graph, y = captured(lambda: run(layers, x, layout, cos_sin))
     for lengths in (first, later):
         fresh = batch(lengths)
         expected = run(layers, x, fresh, cos_sin)

@@ -1,0 +1,98 @@
+"""48 streams through HTTP, gateway and Triton on the card, where everything that the server needs is installed.
+
+The server is a process of its own over the same checkpoint; `octavo bench` asks. Used by bench.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from measure import ROOT, Bench
+
+NEEDED = ("msgspec", "zmq", "fastapi", "uvicorn", "tritonclient", "grpc", "tokenizers", "jinja2")
+SECONDS = 80
+
+
+def missing() -> list[str]:
+    """What the server needs and this machine has not."""
+    lacking = [name for name in NEEDED if not _is_installed(name)]
+    if not Path("/opt/tritonserver").is_dir():
+        try:
+            version("nvidia-pytriton")  # its binaries are no module
+        except PackageNotFoundError:
+            lacking.append("nvidia-pytriton")
+    return lacking
+
+
+def _is_installed(name: str) -> bool:
+    """The stand-in for msgspec, which has no wire, does not count."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
+def server_part(bench: Bench, folder: Path) -> None:
+    """Tokens per second of 48 streams, three requests each."""
+    lacking = missing()
+    if lacking:
+        print(f"server: left out, not installed: {' '.join(lacking)}", flush=True)
+        return
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from checkpoints import write_tokenizer
+
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    write_tokenizer(folder, vocab=vocab)
+    sizes, streams = bench.sizes, bench.sizes.of("batch", 48)
+    with _node(folder, device=bench.device.type, batch_size=streams, longest=sizes.of("context", 4352)) as url:
+        shape = {"--input-len": sizes.of("rows", 512), "--output-len": sizes.of("rows", 128)}
+        load = {"--num-requests": 3 * streams, "--concurrency": streams, "--warmup": streams, "--api": "native"}
+        found = _ask(url, {**shape, **load, "--token-range": f"300:{min(vocab, 32000)}"})
+    bench.note("server 48 streams", found["output_tok_per_s"], "tok/s")
+    for name, figure, share in (("first token", "ttft", "p50_ms"), ("late gap (p99)", "itl", "p99_ms")):
+        if found[figure] is not None:  # answers of one message have no gap
+            bench.note(f"server 48 streams, {name}", found[figure][share], "ms")
+
+
+@contextmanager
+def _node(folder: Path, *, device: str, batch_size: int, longest: int) -> Iterator[str]:
+    """A ready server on free ports; the gateway's address."""
+    from served import free_ports, wait_ready
+
+    ports = free_ports()
+    with tempfile.TemporaryDirectory() as run_dir:
+        mine = {
+            "MODEL_DIR": str(folder), "DEVICE": device, "BATCH_SIZE": str(batch_size), "MAX_SEQ_LEN": str(longest),
+            "RUN_DIR": run_dir, "HOST": "127.0.0.1", "LOG_LEVEL": "WARNING", "PREFIX_CACHE": "0",
+            "PYTHONPATH": f"{ROOT / 'serving'}:{ROOT / 'client'}",
+        }  # fmt: skip
+        process = subprocess.Popen([sys.executable, "-m", "octavo.node"], env={**os.environ, **ports, **mine})
+        try:
+            wait_ready(process, int(ports["HTTP_PORT"]))
+            yield f"http://127.0.0.1:{ports['PUSH_MODE_HTTP_PORT']}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _ask(url: str, options: dict[str, object]) -> dict[str, Any]:
+    """One run of `octavo bench`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "out.json"
+        words = [str(word) for pair in {**options, "--json": path}.items() for word in pair]
+        command = [sys.executable, "-m", "octavo.cli.main", "bench", url, *words, "--no-progress"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        if done.returncode:
+            raise SystemExit(f"octavo bench failed: {done.stdout[-500:]}{done.stderr[-500:]}")
+        return json.loads(path.read_text())
