@@ -199,6 +199,19 @@ def test_a_failed_step_is_one_error_and_the_next_works(
     assert Driver(runner).run(PROMPT, params(), count=3) == expected
 
 
+def test_steps_run_unrecorded_where_a_recording_finds_no_memory(
+    runner: GpuRunner, plain: Runner, device_queue: CountingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(body: Body) -> Body:
+        body()  # the work of the first run is done again: on the same memory it gives the same
+        device_queue.captures += 1
+        raise torch.OutOfMemoryError("a graph's pool")
+
+    monkeypatch.setattr(device_queue, "capture", no_memory)
+    assert Driver(runner).run(PROMPT, params(), count=6) == Driver(plain).run(PROMPT, params(), count=6)
+    assert device_queue.captures == 1
+
+
 def failing(error: Exception) -> object:
     def sample(*_: object) -> None:
         raise error

@@ -6,6 +6,7 @@ rows that write to a block nobody reads; their results are thrown away, and rows
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from octavo.kernels.interface import BLOCK, BatchLayout, LayerCache
 from octavo.models.batch import ForwardBatch
 from octavo.models.decoder import Decoder
 
+LOG = logging.getLogger(__name__)
 SMALL_TABLE = 16  # blocks: the narrowest table, 1024 tokens
 
 
@@ -104,7 +106,17 @@ class DecodeGraphs:
         if replay is not None:
             replay()
             return
-        self._replays[rows, width] = self._queue.capture(lambda: self._body(tensors, rows=rows, width=width))
+
+        def body() -> None:
+            self._body(tensors, rows=rows, width=width)
+
+        try:
+            self._replays[rows, width] = self._queue.capture(body)
+        except torch.OutOfMemoryError as error:  # a recording keeps its memory; single operations give theirs back
+            LOG.warning("no memory to record steps of %d x %d blocks: they run unrecorded (%s)", rows, width, error)
+            self._queue.release_memory()
+            body()
+            self._replays[rows, width] = body
 
     def _body(self, tensors: dict[str, Tensor], *, rows: int, width: int) -> None:
         layout = BatchLayout(

@@ -46,7 +46,14 @@ class DeviceQueue(Protocol):
         ...
 
     def capture(self, body: Body) -> Body:
-        """Run `body` and record it; what is returned does the same again on the same memory."""
+        """Run `body` and record it; what is returned does the same again on the same memory.
+
+        Raises torch.OutOfMemoryError, after which the queue works as before.
+        """
+        ...
+
+    def release_memory(self) -> None:
+        """Give back what is held for later."""
         ...
 
 
@@ -76,6 +83,9 @@ class ImmediateQueue:
     def capture(self, body: Body) -> Body:
         body()
         return body
+
+    def release_memory(self) -> None:
+        return
 
 
 class _CudaMark:
@@ -119,3 +129,6 @@ class CudaQueue:
             body()
         graph.replay()  # recording alone computes nothing
         return graph.replay
+
+    def release_memory(self) -> None:
+        torch.cuda.empty_cache()

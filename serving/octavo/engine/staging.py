@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.engine.device_queue import DeviceQueue
+from octavo.engine.device_queue import DeviceQueue, Mark
 
 ALIGNMENT = 256  # bytes; kernels load 16 at once
 RING = 4  # uploads whose copies may be under way: two steps, and one to spare for each
@@ -35,13 +35,16 @@ class Staging:
         offsets, total = _offsets(arrays)
         if total > len(self._device):
             self._allocate(2 * total)
-        host = self._ring[self._turn]
-        self._turn = (self._turn + 1) % RING
+        host, copied = self._ring[self._turn], self._copied[self._turn]
+        if copied is not None and not copied.passed():
+            copied.wait()  # steps that failed may have left more copies under way than steps can
         memory = host.numpy()
         for name, array in arrays.items():
             flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             memory[offsets[name] : offsets[name] + len(flat)] = flat
         self._device[:total].copy_(host[:total], non_blocking=True)
+        self._copied[self._turn] = self._queue.mark()
+        self._turn = (self._turn + 1) % RING
         return {name: self._view(offsets[name], array) for name, array in arrays.items()}
 
     def _view(self, offset: int, array: NDArray[Any]) -> Tensor:
@@ -50,6 +53,7 @@ class Staging:
 
     def _allocate(self, num_bytes: int) -> None:
         self._ring = [self._queue.host_memory(num_bytes) for _ in range(RING)]
+        self._copied: list[Mark | None] = [None] * RING  # behind the copy out of each
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=self._queue.device)
 
 

@@ -55,6 +55,13 @@ class GpuCacheWriter(GpuBase):
     def make_cache(self, spec: CacheSpec, num_blocks: int) -> LayerCache:
         """Zeroed blocks for one layer. Raises ValueError for a spec that is not supported."""
         check_spec(spec)
+        needed = float_cache_shared(spec)
+        if needed > self._limits.shared_bytes:
+            have = self._limits.shared_bytes // 1024
+            raise ValueError(
+                f"a {spec.dtype} cache with heads of {spec.head_dim} needs {needed // 1024} KiB of shared memory, "
+                f"this card has {have}: use USE_CACHE_KV_INT8=1"
+            )
         return GpuCache(spec, num_blocks, self.device)
 
     def cache_block_bytes(self, spec: CacheSpec) -> int:
@@ -105,6 +112,16 @@ class GpuCacheWriter(GpuBase):
 def padded_head(spec: CacheSpec) -> int:
     """Channels of a head as stored."""
     return round_up(spec.head_dim, 16)
+
+
+def float_cache_shared(spec: CacheSpec) -> int:
+    """Bytes of shared memory that prompts over a float cache take, as compiled; an int8 cache needs less than any card
+    has.
+    """
+    if spec.dtype == torch.int8:
+        return 0
+    width = max(64, power_of_two(spec.head_dim))
+    return 1088 * width if spec.dtype == torch.float32 else 24576 + 704 * width
 
 
 def block_bytes(spec: CacheSpec) -> int:
