@@ -107,6 +107,7 @@ setup(
         "octavo.gateway.page": ["static/*"],
         "octavo_client": ["py.typed"],
         "octavo.kernels.cpu": ["csrc/*.cpp", "csrc/*.h"],
+        "octavo.kernels.gpu": ["tuned/*.json"],
     },
     install_requires=CLIENT,
     extras_require={"server": SERVER, "bench": BENCH, "otel": OTEL, "gpu": GPU, "test": TEST},

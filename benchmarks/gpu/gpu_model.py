@@ -30,8 +30,8 @@ class Shape:
     @property
     def weight_bytes(self) -> int:
         """Bytes of int8 that a decode step reads: the products of all layers, and the head."""
-        linears = sum(outputs * inputs for outputs, inputs in _linears(self).values())
-        return self.layers * linears + self.vocab * self.hidden
+        layer = sum(outputs * inputs for outputs, inputs in linears(self).values())
+        return self.layers * layer + self.vocab * self.hidden
 
 
 LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)
@@ -59,7 +59,7 @@ def _files(shape: Shape, generator: torch.Generator, device: torch.device) -> It
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
         tensors = {f"{prefix}{part}_layernorm.weight": norm.clone() for part in ("input", "post_attention")}
-        for name, (outputs, inputs) in _linears(shape).items():
+        for name, (outputs, inputs) in linears(shape).items():
             tensors |= _int8(f"{prefix}{name}", outputs, inputs, generator, device)
         yield f"layer-{layer:03}.safetensors", tensors
     table = torch.randn(shape.vocab, shape.hidden, generator=generator, device=device) * 0.02
@@ -67,7 +67,8 @@ def _files(shape: Shape, generator: torch.Generator, device: torch.device) -> It
     yield "rest.safetensors", rest | _int8("lm_head", shape.vocab, shape.hidden, generator, device)
 
 
-def _linears(shape: Shape) -> dict[str, tuple[int, int]]:
+def linears(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a layer's products."""
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
         "self_attn.q_proj": (width, shape.hidden),

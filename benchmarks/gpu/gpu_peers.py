@@ -54,9 +54,7 @@ def transformers_batch(folder: Path, prompts: Prompts, output: int, device: str)
     batching = None if device == "cuda" else ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     for _ in range(2):  # the first run compiles
         began = time.perf_counter()
-        outputs = model.generate_batch(
-            inputs=prompts, generation_config=settings, continuous_batching_config=batching
-        )
+        outputs = model.generate_batch(inputs=prompts, generation_config=settings, continuous_batching_config=batching)
         seconds = time.perf_counter() - began
     return sum(len(answer.generated_tokens) for answer in outputs.values()) / seconds
 

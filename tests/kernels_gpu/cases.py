@@ -30,6 +30,7 @@ CARDS = {  # of each capability, as the driver describes them
 def all_cases() -> Iterator[Case]:
     """Every case, the products first."""
     yield from _int8_products()
+    yield from _products_in_parts()
     yield from _fp8_products()
     yield from _expert_products()
     yield from _float_products()
@@ -67,6 +68,26 @@ def _int8_products() -> Iterator[Case]:
                 "STEPS_PER_GROUP": group // tile.block_k, "LIMBS": limbs, "HAS_INPUT_ZERO": False, "HAS_ZERO": False,
                 "HAS_BIAS": False, "HAS_RESIDUAL": residual, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k, "GROUP_M": GROUP_M,
+            },
+            aligned=("N", "K", "stride"),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            mma=WIDE_INTEGER if tile.block_m >= 64 else INTEGER,
+            loop_bytes=tile.block_n * tile.block_k,
+        )  # fmt: skip
+
+
+def _products_in_parts() -> Iterator[Case]:
+    names = gemm.int8_gemm_parts.arg_names
+    for rows, limbs in ((1, 2), (48, 1), (48, 2)):
+        tile = int8_tile(rows, 4096, 4096, limbs=limbs, group=0, residual=True, limits=A100)
+        yield Case(
+            f"int8_gemm_parts m{rows} n4096 limbs{limbs}",
+            gemm.int8_gemm_parts,
+            _types(names, x_ptr="*i8", w_ptr="*i8", sums_ptr="*i32", arrived_ptr="*i32"),
+            {
+                "PARTS": 2 if rows == 1 else 4, "LIMBS": limbs, "HAS_BIAS": False, "HAS_RESIDUAL": True,
+                "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
             },
             aligned=("N", "K", "stride"),
             num_warps=tile.num_warps,

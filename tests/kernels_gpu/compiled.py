@@ -51,7 +51,13 @@ class Report:
 
 
 def build(case: Case, capability: int) -> Report:
-    """Compile a case. Raises what triton-lang raises if it cannot be."""
+    """What a case compiles to. Raises what triton-lang raises if it cannot be."""
+    compiled = compile_case(case, capability)
+    return _read(_disassemble(compiled.asm["cubin"]), compiled, case)
+
+
+def compile_case(case: Case, capability: int) -> Any:
+    """A case as triton-lang compiles it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -60,6 +66,8 @@ def build(case: Case, capability: int) -> Report:
     values = dict(case.constants)
     if "PACKED" in names:
         values["PACKED"] = capability >= 100
+    if "PDL" in names:
+        values.setdefault("PDL", False)
     signature = {name: "constexpr" if name in values else case.types[name] for name in names}
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
@@ -67,12 +75,16 @@ def build(case: Case, capability: int) -> Report:
         if kind.startswith("*") or name in case.aligned
     }
     constants = {(names.index(name),): value for name, value in values.items()}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(case.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": False},
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "enable_fp_fusion": False,
+            "launch_pdl": bool(values.get("PDL", False)),
+        },
     )
-    return _read(_disassemble(compiled.asm["cubin"]), compiled, case)
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -13,16 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from kernels_gpu.compiled import BUDGETS, Case, Report, build
+from kernels_gpu.compiled import BUDGETS, Case, Report, build, compile_case
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton-lang is not installed", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
+import torch
 import triton
 
 from kernels_gpu.cases import all_cases
+from octavo.kernels.gpu.cache import float_cache_shared
+from octavo.kernels.interface import CacheSpec
 
 CASES = list(all_cases())
 RECORDED = "3.6."
@@ -61,6 +64,9 @@ def test_machine_code(case: Case, capability: int) -> None:
     report = build(case, capability)
     assert report.spills == 0
     assert report.byte_loads == 0
+    if "k_ptr" in case.types and case.types["k_ptr"] == "*bf16" and "INT8" in case.constants:
+        spec = CacheSpec(1, case.constants["D"], torch.bfloat16)
+        assert report.shared_bytes <= float_cache_shared(spec)
     if case.mma is not None:
         assert report.mma
         assert all(name.startswith(case.mma[capability]) for name in report.mma)
@@ -74,6 +80,29 @@ def within_budget(report: Report, recorded: dict[str, float]) -> None:
     assert report.registers <= min(255, recorded["registers"] * SLACK)
     assert report.shared_bytes <= recorded["shared_bytes"]
     assert report.instructions_per_byte <= recorded["instructions_per_byte"] * SLACK
+
+
+STEP = (
+    "int8_gemm m16 n28672 limbs1", "int8_gemm_parts m48 n4096 limbs1", "decode_segments d128 group4 window0",
+    "reduce_segments d128", "rms_norm 4096", "quantize_rows 4096", "silu_mul 16384", "rope_write i8",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [STEP[0], *(pytest.param(name, marks=pytest.mark.slow) for name in STEP[1:])])
+def test_a_dependent_launch_waits_before_it_touches_memory(name: str) -> None:
+    """The wait comes before all loads and stores, the next launch behind it; nothing else changes."""
+    case = next(case for case in CASES if case.name == name)
+    dependent = Case(**{**vars(case), "constants": {**case.constants, "PDL": True}})
+    compiled = compile_case(dependent, 90)
+    code = compiled.asm["ptx"]
+    places = [code.index(word) for word in ("griddepcontrol.wait", "griddepcontrol.launch_dependents")]
+    touched = [code.find(word) for word in ("ld.global", "st.global", "cp.async", "atom.", "red.global")]
+    assert places == sorted(places)
+    assert all(place > places[1] for place in touched if place >= 0)
+    report = build(dependent, 90)
+    assert report.spills == 0
+    if triton.__version__.startswith(RECORDED):
+        within_budget(report, json.loads(BUDGETS.read_text())[name]["90"])
 
 
 def test_budgets_name_every_case_and_nothing_else() -> None:

@@ -125,8 +125,13 @@ class CudaQueue:
             body()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            body()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                body()
+        except RuntimeError as error:  # of the driver, which has a class of its own for it
+            if "out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
         graph.replay()  # recording alone computes nothing
         return graph.replay
 

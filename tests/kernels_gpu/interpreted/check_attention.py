@@ -9,6 +9,7 @@ import torch
 
 from kernels.steps import Run, Sequences, angles, blocks_for, layout_of, random_rows
 from octavo.kernels.gpu.backend import GpuKernels
+from octavo.kernels.gpu.device import DeviceLimits
 from octavo.kernels.interface import CacheSpec, HeadLayout, Kernels
 from octavo.kernels.reference import ReferenceKernels
 
@@ -137,6 +138,15 @@ def test_what_a_row_may_not_see_never_reaches_it(value: float) -> None:
         GPU.rope_write(torch.full((count, 64), value), run.angles, poison, heads, run.cache)
         assert torch.equal(GPU.attention(q, layout, heads, run.cache), before)
     assert torch.isfinite(before).all()
+
+
+def test_float_caches_that_a_card_cannot_hold_are_refused() -> None:
+    small = GpuKernels(torch.device("cpu"))
+    small._limits = DeviceLimits((8, 6), 101376)
+    with pytest.raises(ValueError, match="USE_CACHE_KV_INT8=1"):
+        small.make_cache(CacheSpec(2, 128, torch.bfloat16), 1)
+    small.make_cache(CacheSpec(2, 128, torch.int8), 1)
+    GPU.make_cache(CacheSpec(2, 128, torch.bfloat16), 1)
 
 
 def test_wrong_shapes_are_refused() -> None:

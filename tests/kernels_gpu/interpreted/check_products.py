@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,13 +14,15 @@ from octavo.kernels.gpu import products
 from octavo.kernels.gpu.backend import GpuKernels
 from octavo.kernels.gpu.device import DeviceLimits
 from octavo.kernels.gpu.experts import find_tiles
-from octavo.kernels.gpu.tiles import Tile
+from octavo.kernels.gpu.tiles import Tile, parts_of
+from octavo.kernels.gpu.tuned_tiles import BadTable, Choice, Table, entry_name, file_of, read_table
 from octavo.kernels.interface import ActivationFormat, Kernels, PackedLinear
 from octavo.kernels.reference import ReferenceKernels
 
 DYNAMIC = ActivationFormat(1)
 TWO_LIMBS = ActivationFormat(2)
 STATIC = ActivationFormat(1, static_scale=0.037, zero_point=-11)
+LIMBS = {1: DYNAMIC, 2: TWO_LIMBS}
 GPU = GpuKernels(torch.device("cpu"))
 REFERENCE = ReferenceKernels()
 
@@ -56,6 +61,49 @@ def test_tiles_change_no_bit(limbs: int, monkeypatch: pytest.MonkeyPatch) -> Non
     for tile in (Tile(16, 32, 256, 4, 4), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 3)):
         monkeypatch.setattr(products, "int8_tile", lambda *_, tile=tile, **__: tile)
         assert torch.equal(product(GPU, x, weight, groups=1, format=ActivationFormat(limbs), zero=False), expected)
+
+
+@pytest.mark.parametrize("limbs", [1, 2])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_of_k_change_no_bit(parts: int, limbs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, format = torch.randn(20, 1400), torch.randint(-128, 128, (70, 1400), dtype=torch.int8), LIMBS[limbs]
+    expected = product(REFERENCE, x, weight, groups=1, format=format, zero=False)
+    monkeypatch.setattr(products, "int8_tile", lambda *_, **__: Tile(16, 32, 128, 4, 4))
+    monkeypatch.setattr(products, "parts_of", lambda *_, **__: parts)
+    for _ in range(2):  # the counters are as they were
+        assert torch.equal(product(GPU, x, weight, groups=1, format=format, zero=False), expected)
+    assert GPU._counters is not None
+    assert not GPU._counters.any()
+
+
+def test_a_table_goes_before_the_rules_and_changes_no_bit(tmp_path: Path) -> None:
+    x, weight = torch.randn(5, 1400), torch.randint(-128, 128, (70, 1400), dtype=torch.int8)
+    expected = product(REFERENCE, x, weight, groups=1, format=TWO_LIMBS, zero=False)
+    tuned = {"block_m": 32, "block_n": 16, "block_k": 128, "num_warps": 4, "num_stages": 3, "parts": 2}
+    limits = DeviceLimits((9, 0), 232448, 132)
+    file_of("NVIDIA H200", tmp_path).write_text(json.dumps({"products": {entry_name(5, 70, 1408, 2): tuned}}))
+    assert file_of("NVIDIA H200", tmp_path).name == "nvidia-h200.json"
+    assert read_table("another", limits, tmp_path) == Table({})
+    kernels = GpuKernels(torch.device("cpu"))
+    kernels.use_tiles(read_table("NVIDIA H200", limits, tmp_path).products)
+    packed = kernels.pack_int8(weight, torch.ones(1), format=TWO_LIMBS)
+    choice = kernels.choice(packed, rows=16, inputs=1408, residual=True)
+    assert choice == Choice(Tile(32, 16, 128, 4, 3), 2)
+    assert torch.equal(product(kernels, x, weight, groups=1, format=TWO_LIMBS, zero=False), expected)
+    for wrong in ({"block_k": 256}, {"block_n": 24}, {"parts": 9}, {"num_stages": 0}):
+        file_of("wrong", tmp_path).write_text(json.dumps({"products": {entry_name(5, 70, 1408, 2): tuned | wrong}}))
+        with pytest.raises(BadTable, match=r"wrong\.json: 16 rows, 70 x 1408, 2 limbs"):
+            read_table("wrong", limits, tmp_path)
+
+
+def test_parts_fill_the_card_and_no_more() -> None:
+    h200 = DeviceLimits((9, 0), 232448, 132)
+    for rows, outputs, inputs, expected in (
+        (1, 4096, 4096, 2), (16, 4096, 14336, 2), (48, 4096, 4096, 4), (1, 28672, 4096, 1), (1, 1024, 4096, 4),
+        (1, 1024, 16384, 8), (1, 64, 512, 1), (65, 4096, 4096, 1),
+    ):  # fmt: skip
+        tile = products.int8_tile(rows, outputs, inputs, limbs=1, group=0, residual=False, limits=h200)
+        assert parts_of(tile, rows, outputs, inputs, limits=h200) == expected, (rows, outputs, inputs)
 
 
 def test_tiles_fit_the_card_and_the_group() -> None:

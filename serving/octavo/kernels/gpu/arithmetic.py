@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # `tl.constexpr` objects are what triton-lang lets a kernel read from its module.
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds |x| < 2^22 half to even
@@ -25,6 +26,16 @@ def rounded(x, zero):
     From sm_100 on the assembler joins packed products and sums into one rounding, whatever it is told.
     """
     return (x.to(tl.int32, bitcast=True) + zero).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Every kernel of a step starts with this. PDL: the program was launched while the kernel before was still running;
+    it waits for the end of that one, then lets the next be launched. All that comes behind may read and write memory.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -159,7 +170,7 @@ def product_tile(
         w_ptrs += BLOCK_K
         if STEPS_PER_GROUP > 0 and (step + 1) % STEPS_PER_GROUP == 0:
             at = (step // STEPS_PER_GROUP) * N + w_row
-            scaled = _scaled(
+            scaled = scaled_sums(
                 hi, lo, hi_sum, lo_sum, at, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
             )
             total += rounded(scaled, zero)
@@ -168,10 +179,37 @@ def product_tile(
             hi_sum = tl.zeros((BLOCK_M,), tl.int32)
             lo_sum = tl.zeros((BLOCK_M,), tl.int32)
     if STEPS_PER_GROUP == 0:
-        total = _scaled(
+        total = scaled_sums(
             hi, lo, hi_sum, lo_sum, w_row, w_scale_ptr, correction_ptr, zero_ptr, LIMBS, HAS_INPUT_ZERO, HAS_ZERO
         )
     return total
+
+
+@triton.jit
+def part_sums(
+    hi_ptrs,
+    lo_ptrs,
+    w_ptrs,
+    K,  # inputs of this part
+    LIMBS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums of the upper and lower limbs over some inputs, [BLOCK_M, BLOCK_N] int32 each: exact, so parts may be added
+    in any order.
+    """
+    hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for _ in range(0, tl.cdiv(K, BLOCK_K)):
+        w = tl.load(w_ptrs).T
+        hi = tl.dot(tl.load(hi_ptrs), w, hi, out_dtype=tl.int32)
+        if LIMBS == 2:
+            lo = tl.dot(tl.load(lo_ptrs), w, lo, out_dtype=tl.int32)
+            lo_ptrs += BLOCK_K
+        hi_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return hi, lo
 
 
 @triton.jit
@@ -188,7 +226,7 @@ def _product_fp8(
 
 
 @triton.jit
-def _scaled(
+def scaled_sums(
     hi,  # [BLOCK_M, BLOCK_N] int32
     lo,
     hi_sum,  # [BLOCK_M] int32: sums of the activations of this group

@@ -60,11 +60,12 @@ class GpuAttention(GpuCacheWriter):
             WINDOW=heads.window or 0, KV=heads.num_kv_heads, GROUP=num_heads // heads.num_kv_heads, GROUP_PAD=group,
             D=heads.head_dim, D_PAD=cache.head_pad, BLOCK_D=_block(heads), ROWS=max(DECODE_ROWS, group), INT8=True,
             EXACT_TF32=False, PACKED=self._limits.capability >= (10, 0), num_warps=4, num_stages=3,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **self._launch,
         )  # fmt: skip
         attention_kernels.reduce_segments[(sequences, num_heads, max_rows)](
             partial, stats, layout.query_start, layout.seq_lens, out, segments, max_rows, WINDOW=heads.window or 0,
             H=num_heads, D=heads.head_dim, BLOCK_D=_block(heads), AHEAD=AHEAD, num_warps=1, enable_fp_fusion=False,
+            **self._launch,
         )  # fmt: skip
 
     def _row_tiles(

@@ -14,6 +14,7 @@ import triton.language as tl
 from octavo.kernels.gpu.arithmetic import (
     LARGEST,
     LOG2E,
+    begin,
     dot_float,
     high_limb,
     integer_bits,
@@ -55,8 +56,10 @@ def decode_segments(
     INT8: tl.constexpr,
     EXACT_TF32: tl.constexpr,
     PACKED: tl.constexpr,  # the assembler may join packed products and sums: from sm_100 on
+    PDL: tl.constexpr = False,
 ):
     """One segment of one kv head of one sequence with few query rows. Grid: (B, KV, num_segments)."""
+    begin(PDL)
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     segment = tl.program_id(2)
@@ -102,8 +105,10 @@ def reduce_segments(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     AHEAD: tl.constexpr,  # partials loaded together
+    PDL: tl.constexpr = False,
 ):
     """Fold the segments of one row's head from the left. Grid: (B, H, max_rows)."""
+    begin(PDL)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)

@@ -9,6 +9,7 @@ from octavo.kernels.gpu.device import read_limits
 from octavo.kernels.gpu.experts import GpuGrouped
 from octavo.kernels.gpu.moe import GpuMoe
 from octavo.kernels.gpu.sampling import GpuSampling
+from octavo.kernels.gpu.tuned_tiles import read_table
 
 OLDEST = (8, 0)  # int8 tensor cores with asynchronous copies
 
@@ -28,6 +29,10 @@ class GpuKernels(GpuGrouped, GpuAttention, GpuMoe, GpuSampling):
             raise UnsupportedDevice("torch finds no CUDA device")
         self.device = device
         self._limits = read_limits(device)
+        if device.type == "cuda":
+            table = read_table(torch.cuda.get_device_name(device), self._limits)
+            self.use_tiles(table.products)
+            self.launch_dependents(table.dependent_launches)
         if self._limits.capability < OLDEST:
             major, minor = self._limits.capability
             raise UnsupportedDevice(f"the card has compute capability {major}.{minor}, the kernels need 8.0")

@@ -104,7 +104,7 @@ class GpuCacheWriter(GpuBase):
                 HALF=rotary_dim // 2, H=heads.num_heads, KV=heads.num_kv_heads, D=head_dim, D_PAD=cache.head_pad,
                 EPS=eps, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, INT8=cache.spec.dtype == torch.int8,
                 STATIC_K=cache.k_inverse is not None, STATIC_V=cache.v_inverse is not None, HEADS=HEADS,
-                BLOCK_D=power_of_two(head_dim), num_warps=4, enable_fp_fusion=False,
+                BLOCK_D=power_of_two(head_dim), num_warps=4, enable_fp_fusion=False, **self._launch,
             )  # fmt: skip
         return q
 

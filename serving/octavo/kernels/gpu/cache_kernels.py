@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.gpu.arithmetic import inverse_scale, rint, rounded, row_scale
+from octavo.kernels.gpu.arithmetic import begin, inverse_scale, rint, rounded, row_scale
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -37,8 +37,10 @@ def rope_write(
     STATIC_V: tl.constexpr,
     HEADS: tl.constexpr,  # heads of one program
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """HEADS heads of one row. Grid: (M, head blocks)."""
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, BLOCK_D)

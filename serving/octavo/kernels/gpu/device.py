@@ -5,7 +5,9 @@ Runs in the runner's worker thread. Nothing here waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ class DeviceLimits:
 
     capability: tuple[int, int]
     shared_bytes: int  # of one program
+    processors: int = 108  # that run programs at the same time
 
 
 class GpuBase:
@@ -24,6 +27,18 @@ class GpuBase:
 
     device: torch.device
     _limits: DeviceLimits
+    _launch: Mapping[str, bool] = MappingProxyType({})  # options of the kernels of a decode step
+
+    @property
+    def launches_dependents(self) -> bool:
+        """Whether a kernel of a step may be launched before the one ahead of it has ended (sm_90 and later)."""
+        return bool(self._launch)
+
+    def launch_dependents(self, on: bool) -> None:
+        """Switch that on or off, for what is recorded or run from now on. Raises ValueError on older cards."""
+        if on and self._limits.capability < (9, 0):
+            raise ValueError("dependent launches begin with compute capability 9.0")
+        self._launch = {"PDL": True, "launch_pdl": True} if on else {}
 
 
 def checked(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> Tensor:
@@ -55,4 +70,4 @@ def read_limits(device: torch.device) -> DeviceLimits:
         return DeviceLimits((8, 0), 163840)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 101376)
-    return DeviceLimits((properties.major, properties.minor), int(shared))
+    return DeviceLimits((properties.major, properties.minor), int(shared), properties.multi_processor_count)

@@ -5,7 +5,9 @@ Integer results do not depend on tiles; float products have one tile for every n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,11 +15,13 @@ from torch import Tensor
 from octavo.kernels.gpu import gemm
 from octavo.kernels.gpu.device import GpuBase, checked, round_up
 from octavo.kernels.gpu.rows import FLOAT_TYPES, STRIDE
-from octavo.kernels.gpu.tiles import GROUP_M, Tile, float_tile, fp8_tile, int8_tile
+from octavo.kernels.gpu.tiles import GROUP_M, float_tile, fp8_tile, int8_tile, parts_of
+from octavo.kernels.gpu.tuned_tiles import Choice, entry_name
 from octavo.kernels.interface import FLOAT, Activation, ActivationFormat, PackedLinear, Quantized
 from octavo.kernels.reference.products import check_fp8, check_int8, fp8_scale, per_group
 
 SMALLEST_GROUP = 32  # inputs of one step of the tensor cores
+MOST_TILES = 16384  # of a product that is cut along K: more fill any card
 OLDEST_FP8 = (8, 9)  # tensor cores that multiply e4m3
 
 
@@ -64,7 +68,10 @@ class GpuFloatLinear:
 
 
 class GpuProducts(GpuBase):
-    """`pack_int8`, `pack_float` and `linear` of `interface.Kernels`."""
+    """`pack_int8`, `pack_float` and `linear` of `interface.Kernels`, and `interface.MultipliesFp8`."""
+
+    _counters: Tensor | None = None
+    _tuned: Mapping[str, Choice] = MappingProxyType({})
 
     def pack_int8(
         self,
@@ -140,13 +147,30 @@ class GpuProducts(GpuBase):
             self._float_product(x, weight, residual, y)
         return y
 
-    def _tile8(self, weight: GpuLinear8, *, rows: int, inputs: int, residual: bool) -> Tile:
-        format, outputs = weight.format, weight.out_features
+    @property
+    def shared_bytes(self) -> int:
+        """What a program may have of a processor's shared memory."""
+        return self._limits.shared_bytes
+
+    def use_tiles(self, table: Mapping[str, Choice]) -> Mapping[str, Choice]:
+        """Replace the card's table, as a tuner does; returns the one before."""
+        before, self._tuned = self._tuned, table
+        return before
+
+    def choice(self, weight: GpuLinear8, *, rows: int, inputs: int, residual: bool) -> Choice:
+        """How a product of 8 bits with `rows` rows is cut: by the card's table, else by rule."""
+        format, outputs, limits = weight.format, weight.out_features, self._limits
         if format.fp8:
-            return fp8_tile(rows, outputs, limits=self._limits)
-        return int8_tile(
-            rows, outputs, inputs, limbs=format.limbs, group=weight.group, residual=residual, limits=self._limits
+            return Choice(fp8_tile(rows, outputs, limits=limits))
+        plain = not weight.group and weight.zero_point is None and weight.correction is None
+        if plain:
+            tuned = self._tuned.get(entry_name(rows, outputs, inputs, format.limbs))
+            if tuned is not None:
+                return tuned
+        tile = int8_tile(
+            rows, outputs, inputs, limbs=format.limbs, group=weight.group, residual=residual, limits=limits
         )
+        return Choice(tile, parts_of(tile, rows, outputs, inputs, limits=limits) if plain else 1)
 
     def _product8(self, x: Quantized, weight: GpuLinear8, residual: Tensor | None, y: Tensor) -> None:
         rows, outputs = x.shape[0], weight.out_features
@@ -156,7 +180,11 @@ class GpuProducts(GpuBase):
             inputs = groups * weight.group
             if weight.group * groups != weight.in_features:
                 q = spread(q[:, :, : weight.in_features], groups=groups, group=weight.group)
-        tile = self._tile8(weight, rows=rows, inputs=inputs, residual=residual is not None)
+        chosen = self.choice(weight, rows=rows, inputs=inputs, residual=residual is not None)
+        tile = chosen.tile
+        if chosen.parts > 1:
+            self._in_parts(x, weight, residual, y, chosen)
+            return
         grid = (-(-rows // tile.block_m) * -(-outputs // tile.block_n),)
         unused = weight.scale
         gemm.int8_gemm[grid](
@@ -169,8 +197,30 @@ class GpuProducts(GpuBase):
             HAS_INPUT_ZERO=weight.correction is not None, HAS_ZERO=weight.zero_point is not None,
             HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M, num_warps=tile.num_warps,
-            num_stages=tile.num_stages, enable_fp_fusion=False,
+            num_stages=tile.num_stages, enable_fp_fusion=False, **self._launch,
         )  # fmt: skip
+
+    def _in_parts(self, x: Quantized, weight: GpuLinear8, residual: Tensor | None, y: Tensor, chosen: Choice) -> None:
+        tile, parts = chosen.tile, chosen.parts
+        rows, outputs, inputs = x.shape[0], weight.out_features, weight.weight.shape[1]
+        tiles, limbs = -(-rows // tile.block_m) * -(-outputs // tile.block_n), x.format.limbs
+        shape = (tiles, parts, limbs, tile.block_m, tile.block_n)
+        sums = torch.empty(shape, dtype=torch.int32, device=self.device)
+        steps = -(-inputs // (parts * tile.block_k))
+        gemm.int8_gemm_parts[(tiles, parts)](
+            x.q, x.scale, weight.weight, weight.scale, weight.scale if weight.bias is None else weight.bias,
+            y if residual is None else residual, y, sums, self._arrivals(tiles), rows, outputs, inputs, x.q.shape[2],
+            steps, PARTS=parts, LIMBS=limbs, HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
+            num_stages=tile.num_stages, enable_fp_fusion=False, **self._launch,
+        )  # fmt: skip
+
+    def _arrivals(self, tiles: int) -> Tensor:
+        """Counters of tiles, all 0 whenever no product runs. Made once: recorded steps keep their address."""
+        if self._counters is None:
+            self._counters = torch.zeros(MOST_TILES, dtype=torch.int32, device=self.device)
+        assert tiles <= MOST_TILES
+        return self._counters
 
     def _float_product(self, x: Tensor, weight: GpuFloatLinear, residual: Tensor | None, y: Tensor) -> None:
         rows, outputs, inputs = x.shape[0], weight.out_features, weight.in_features

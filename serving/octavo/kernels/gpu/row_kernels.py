@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.gpu.arithmetic import (
+    begin,
     exp_accurate,
     high_limb,
     integer_bits,
@@ -56,8 +57,10 @@ def quantize_rows(
     STATIC: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     BLOCK: tl.constexpr,  # at least stride
+    PDL: tl.constexpr = False,
 ):
     """Rows as integers. Grid: (M,)."""
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0)
@@ -88,8 +91,10 @@ def rms_norm(
     STATIC: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """(r · rsqrt(mean(r²) + eps)) · weight, the sum in float64. Grid: (M,)."""
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < K
@@ -125,8 +130,10 @@ def silu_mul(
     STATIC: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """silu(gate) · up. Grid: (M, 1); as floats (M, column blocks)."""
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < K

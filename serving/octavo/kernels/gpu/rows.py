@@ -69,7 +69,7 @@ class GpuRows(GpuBase):
                 x, x if absmax is None else absmax, out.q, out.scale, rows, width, out.q.shape[2],
                 *static_arguments(format), HAS_ABSMAX=absmax is not None, LIMBS=format.limbs,
                 STATIC=format.static_scale is not None, ZERO_POINT=format.zero_point, BLOCK=block,
-                num_warps=row_warps(block), enable_fp_fusion=False,
+                num_warps=row_warps(block), enable_fp_fusion=False, **self._launch,
             )  # fmt: skip
         return out
 
@@ -89,6 +89,7 @@ class GpuRows(GpuBase):
                 x, x if add is None else add, weight, values, scale, rows, width, stride, *static_arguments(format),
                 EPS=eps, HAS_ADD=add is not None, LIMBS=format.limbs, STATIC=format.static_scale is not None,
                 ZERO_POINT=format.zero_point, BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
+                **self._launch,
             )  # fmt: skip
         return out, x
 
@@ -104,7 +105,7 @@ class GpuRows(GpuBase):
             row_kernels.silu_mul[(rows, 1 if format.limbs else -(-width // COLUMNS))](
                 gate_up, values, scale, rows, width, stride, *static_arguments(format), LIMBS=format.limbs,
                 STATIC=format.static_scale is not None, ZERO_POINT=format.zero_point, BLOCK=block,
-                num_warps=row_warps(block), enable_fp_fusion=False,
+                num_warps=row_warps(block), enable_fp_fusion=False, **self._launch,
             )  # fmt: skip
         return out
 

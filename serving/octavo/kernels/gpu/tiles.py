@@ -1,6 +1,7 @@
 """Which tile a product runs with: a table by rows, limbs and the memory of the card. No tile changes an integer result.
 
-The entries were chosen by the compiled code (registers, spills, instructions per byte), not by timing: see docs/gpu.md.
+The entries were chosen by the compiled code (registers, spills, instructions per byte), not by timing; a table that was
+measured on a card (tuned_tiles.py) goes before them. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from octavo.kernels.gpu.device import DeviceLimits
 from octavo.kernels.interface import FP8_STEP
 
 GROUP_M = 8  # tiles of M that share their weights in L2
+MOST_PARTS = 8
+LEAST_STEPS = 4  # of one part
+PROGRAMS = 2  # at work on one processor
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,19 @@ def _wanted(rows: int, outputs: int, *, limbs: int, residual: bool) -> Tile:
     if rows <= 64:
         return Tile(64, 64 if outputs <= 8192 else 128, 128, 4, 4)
     return Tile(128, 128, 128, 8, 4 if limbs == 1 or not residual else 3)
+
+
+def parts_of(tile: Tile, rows: int, outputs: int, inputs: int, *, limits: DeviceLimits) -> int:
+    """Into how many parts K is cut so that few tiles keep the whole card reading: 1, 2, 4 or 8.
+
+    A part has at least four steps, and only products that read more than they compute are cut.
+    """
+    if rows > 64:
+        return 1
+    tiles = -(-rows // tile.block_m) * -(-outputs // tile.block_n)
+    room = limits.processors * PROGRAMS * 5 // 4  # a few programs too many cost less than many too few
+    most = min(MOST_PARTS, room // tiles, inputs // (LEAST_STEPS * tile.block_k))
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def fp8_tile(rows: int, outputs: int, *, limits: DeviceLimits) -> Tile:
