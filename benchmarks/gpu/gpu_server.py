@@ -46,13 +46,9 @@ def server_part(bench: Bench, folder: Path) -> None:
     if lacking:
         print(f"server: left out, not installed: {' '.join(lacking)}", flush=True)
         return
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from checkpoints import write_tokenizer
-
-    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
-    write_tokenizer(folder, vocab=vocab)
+    vocab = add_tokenizer(folder)
     sizes, streams = bench.sizes, bench.sizes.of("batch", 48)
-    with _node(folder, device=bench.device.type, batch_size=streams, longest=sizes.of("context", 4352)) as url:
+    with node(folder, device=bench.device.type, batch_size=streams, longest=sizes.of("context", 4352)) as url:
         shape = {"--input-len": sizes.of("rows", 512), "--output-len": sizes.of("rows", 128)}
         load = {"--num-requests": 3 * streams, "--concurrency": streams, "--warmup": streams, "--api": "native"}
         found = _ask(url, {**shape, **load, "--token-range": f"300:{min(vocab, 32000)}"})
@@ -62,8 +58,18 @@ def server_part(bench: Bench, folder: Path) -> None:
             bench.note(f"server 48 streams, {name}", found[figure][share], "ms")
 
 
+def add_tokenizer(folder: Path) -> int:
+    """A made-up tokenizer beside the weights, for a server needs one; the number of its tokens."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from checkpoints import write_tokenizer
+
+    vocab = int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    write_tokenizer(folder, vocab=vocab)
+    return vocab
+
+
 @contextmanager
-def _node(folder: Path, *, device: str, batch_size: int, longest: int) -> Iterator[str]:
+def node(folder: Path, *, device: str, batch_size: int, longest: int) -> Iterator[str]:
     """A ready server on free ports; the gateway's address."""
     from served import free_ports, wait_ready
 
