@@ -32,8 +32,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def ask(url: str, index: int) -> dict[str, object]:
     body = {
-        "input_ids": [3 + (7 * index + i) % 900 for i in range(20 + 40 * index)], "max_dec_len": 24, "infer_seed": index,
-        "temperature": 0.0 if index % 2 else 0.9, "topp": 0.9,
+        "input_ids": [3 + (7 * index + i) % 900 for i in range(20 + 40 * index)], "max_dec_len": 24,
+        "infer_seed": index, "temperature": 0.0 if index % 2 else 0.9, "topp": 0.9,
     }  # fmt: skip
     request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=60) as answer:

@@ -83,8 +83,11 @@ def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], f
 
 
 def warm_up(runner: Runner, *, num_tokens: int) -> None:
-    """A prompt and a decode step on slot 0 and the first blocks; nobody reads those later. Raises RunnerError."""
-    params = SamplingParams(max_tokens=2, temperature=0.0)
+    """A prompt and a decode step on slot 0 and the first blocks; nobody reads those later. Raises RunnerError.
+
+    Sampled with all that requests may ask for: on a card that is compiled now, not at the first request that asks.
+    """
+    params = SamplingParams(max_tokens=2, top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}, logprobs=1)
     prompt = [0] * num_tokens
     blocks = list(range(num_tokens // BLOCK + 1))
     for step_id, (start, token_ids) in enumerate(((0, prompt), (num_tokens, [0]))):

@@ -318,25 +318,30 @@ def _segment(
         # 1 + e is 1 and a whole number of steps: their sum is exact in any order.
         steps = tl.sum((e + 1.0).to(tl.int32, bitcast=True) - ONE_BITS, 1)
         if INT8:
-            v_scale = tl.load(v_scale_ptr + block * BLOCK + offset)
-            w = e * v_scale[None, :]
+            w = e * tl.load(v_scale_ptr + block * BLOCK + offset)[None, :]
             if MASKED:
                 w = tl.where(visible, w, 0.0)
-            a = tl.max(w, 1)
-            inverse = tl.where(a > 0.0, tl.minimum(32512.0 / tl.where(a > 0.0, a, 1.0), LARGEST), 0.0)
-            w = w * inverse[:, None]
-            if PACKED:
-                w = tl.minimum(w, 32512.0)
-            bits = integer_bits(w)
-            sums = tl.dot(high_limb(bits), v.T, out_dtype=tl.int32) << 8
-            sums = tl.dot(low_limb(bits), v.T, sums, out_dtype=tl.int32)
-            o = sums.to(tl.float32) * (a * (1.0 / 32512.0))[:, None]
+            o = _weighted(w, v, PACKED)
         else:
             if MASKED:  # what nobody wrote may be anything, and 0 · nan would spoil the sum
                 v = tl.where((t < end)[None, :], v, 0.0)
             o = dot_float(e, v.to(tl.float32).T, tl.zeros((ROWS, BLOCK_D), tl.float32), EXACT_TF32)
         maximum, total, out = _combine(maximum, total, out, m, steps.to(tl.float32) * STEP, o)
     return maximum, total, out
+
+
+@triton.jit
+def _weighted(w, v, PACKED: tl.constexpr):
+    """Σ_t w[t] · V[t], w [ROWS, TILE] written as two limbs with a scale per row, v [BLOCK_D, TILE] int8."""
+    a = tl.max(w, 1)
+    inverse = tl.where(a > 0.0, tl.minimum(32512.0 / tl.where(a > 0.0, a, 1.0), LARGEST), 0.0)
+    w = w * inverse[:, None]
+    if PACKED:
+        w = tl.minimum(w, 32512.0)
+    bits = integer_bits(w)
+    sums = tl.dot(high_limb(bits), v.T, out_dtype=tl.int32) << 8
+    sums = tl.dot(low_limb(bits), v.T, sums, out_dtype=tl.int32)
+    return sums.to(tl.float32) * (a * (1.0 / 32512.0))[:, None]
 
 
 @triton.jit

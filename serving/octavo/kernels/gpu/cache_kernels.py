@@ -61,13 +61,7 @@ def rope_write(
             x, other = _normed(x, other, inverse, k_norm_ptr, d, partner, is_k, D)
     if HALF > 0:
         angles = table_ptr + tl.load(positions_ptr + row).to(tl.int64) * (2 * HALF)
-        pair = tl.where(d < HALF, d, d - HALF)
-        cos = tl.load(angles + pair, mask=d < 2 * HALF, other=0.0)[None, :]
-        sin = tl.load(angles + HALF + pair, mask=d < 2 * HALF, other=0.0)[None, :]
-        zero = tl.minimum(M, 0)
-        along, across = rounded(x * cos, zero), rounded(other * sin, zero)
-        turned = tl.where((d < HALF)[None, :], along - across, along + across)
-        x = tl.where((d < 2 * HALF)[None, :] & (is_q | is_k)[:, None], turned, x)
+        x = _turned(x, other, angles, d, (is_q | is_k)[:, None], tl.minimum(M, 0), HALF)
     tl.store(q_ptr + (row * H + head)[:, None] * D + d[None, :], x, mask=inside & is_q[:, None])
     slot = tl.load(slots_ptr + row).to(tl.int64)
     kv_head = tl.where(is_k, head - H, head - H - KV)
@@ -80,16 +74,10 @@ def rope_write(
     if INT8:
         absmax = tl.max(tl.abs(x), 1)
         bound = inverse_scale(absmax, 127.0)
-        k_inverse = bound
-        v_inverse = bound
-        if STATIC_K:
-            k_inverse = tl.load(k_inverse_ptr + kv_head, mask=k_mask, other=0.0)
-        if STATIC_V:
-            v_inverse = tl.load(v_inverse_ptr + kv_head, mask=v_mask, other=0.0)
+        k_inverse = tl.load(k_inverse_ptr + kv_head, mask=k_mask, other=0.0) if STATIC_K else bound
+        v_inverse = tl.load(v_inverse_ptr + kv_head, mask=v_mask, other=0.0) if STATIC_V else bound
         scaled = x * tl.where(is_k, k_inverse, v_inverse)[:, None]
-        q = rint(tl.minimum(tl.maximum(scaled, -128.0), 127.0)).to(tl.int8)
-        tl.store(k_at, q, mask=inside & k_mask[:, None])
-        tl.store(v_at, q, mask=inside & v_mask[:, None])
+        stored = rint(tl.minimum(tl.maximum(scaled, -128.0), 127.0)).to(tl.int8)
         scale = row_scale(absmax, 127.0)
         if not STATIC_K:
             tl.store(k_scale_ptr + place * 64 + offset, scale, mask=k_mask)
@@ -97,8 +85,19 @@ def rope_write(
             tl.store(v_scale_ptr + place * 64 + offset, scale, mask=v_mask)
     else:
         stored = x.to(k_ptr.dtype.element_ty)
-        tl.store(k_at, stored, mask=inside & k_mask[:, None])
-        tl.store(v_at, stored, mask=inside & v_mask[:, None])
+    tl.store(k_at, stored, mask=inside & k_mask[:, None])
+    tl.store(v_at, stored, mask=inside & v_mask[:, None])
+
+
+@triton.jit
+def _turned(x, other, angles, d, chosen, zero, HALF: tl.constexpr):
+    """Rotated by cos and sin at `angles`: element d with its partner, for the chosen heads."""
+    pair = tl.where(d < HALF, d, d - HALF)
+    cos = tl.load(angles + pair, mask=d < 2 * HALF, other=0.0)[None, :]
+    sin = tl.load(angles + HALF + pair, mask=d < 2 * HALF, other=0.0)[None, :]
+    along, across = rounded(x * cos, zero), rounded(other * sin, zero)
+    turned = tl.where((d < HALF)[None, :], along - across, along + across)
+    return tl.where((d < 2 * HALF)[None, :] & chosen, turned, x)
 
 
 @triton.jit

@@ -128,7 +128,8 @@ def int8_gemm_parts(
     hi_ptrs = x_ptr + x_row[:, None] * stride + k[None, :]
     lo_ptrs = hi_ptrs + M.to(tl.int64) * stride
     w_ptrs = w_ptr + w_row[:, None] * stride + k[None, :]
-    hi, lo = part_sums(hi_ptrs, lo_ptrs, w_ptrs, tl.minimum(K - first, steps * BLOCK_K), LIMBS, BLOCK_M, BLOCK_N, BLOCK_K)
+    inputs = tl.minimum(K - first, steps * BLOCK_K)
+    hi, lo = part_sums(hi_ptrs, lo_ptrs, w_ptrs, inputs, LIMBS, BLOCK_M, BLOCK_N, BLOCK_K)
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
     inside_tile = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     sums = sums_ptr + tile.to(tl.int64) * (PARTS * LIMBS * SIZE) + inside_tile
