@@ -49,6 +49,7 @@ def test_every_goal_of_the_kernels_and_the_engine_is_read_from_a_line(tmp_path: 
     assert error["found"] < 5e-4  # the one figure that means something without a card
 
 
+@pytest.mark.slow
 @interprets
 def test_the_kernels_themselves_run_in_the_interpreter(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
