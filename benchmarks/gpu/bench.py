@@ -45,7 +45,7 @@ DRY = Sizes(batch=2, context=150, rows=5, width=64)
 PARTS = {"ceilings": 5, "kernels": 60, "engine": 120, "server": 90, "peers": 60}
 
 
-def parts_of(bench: Bench, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+def parts_of(bench: Bench, options: argparse.Namespace, deadline: float) -> dict[str, Callable[[], None]]:
     """What each part does."""
     shape = TOY if options.dry_run else LLAMA_8B
     device = bench.device.type
@@ -58,7 +58,7 @@ def parts_of(bench: Bench, options: argparse.Namespace) -> dict[str, Callable[[]
         "kernels": lambda: kernels(bench, quick=options.quick),
         "engine": lambda: engine_part(bench, model(), shape, quick=options.quick),
         "server": lambda: server_part(bench, model()),
-        "peers": lambda: peers(bench, model()),
+        "peers": lambda: peers(bench, model(), deadline),
     }
 
 
@@ -74,11 +74,12 @@ def kernels(bench: Bench, *, quick: bool) -> None:
         torch.cuda.empty_cache()
 
 
-def peers(bench: Bench, folder: Path) -> None:
-    """Other engines, each in a process of its own."""
+def peers(bench: Bench, folder: Path, deadline: float) -> None:
+    """Other engines, each in a process of its own that ends by the deadline."""
     sizes = (bench.sizes.of("batch", 48), bench.sizes.of("rows", 512), bench.sizes.of("rows", 64))
     for peer, name in (("transformers", "transformers"), ("vllm-bf16", "vllm bf16"), ("vllm-w8a8", "vllm w8a8")):
-        found = gpu_peers.measure(peer, folder, sizes, bench.device.type)
+        left = min(gpu_peers.SECONDS, deadline - time.monotonic())
+        found = gpu_peers.measure(peer, folder, sizes, bench.device.type, seconds=max(1.0, left))
         if isinstance(found, str):
             print(f"{name}: no figure: {found}", flush=True)
         else:
@@ -121,7 +122,7 @@ def main() -> None:
     card = "no card: a dry run" if options.dry_run else torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}, {platform.platform()}", flush=True)
     began, left_out = time.monotonic(), []
-    for name, part in parts_of(bench, options).items():
+    for name, part in parts_of(bench, options, began + options.minutes * 60).items():
         if name not in ("ceilings", *options.parts):
             continue
         used = time.monotonic() - began
