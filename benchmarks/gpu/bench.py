@@ -14,6 +14,7 @@ figures mean nothing, it shows that the first minute on a card is not lost to a 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -70,6 +71,11 @@ def kernels(bench: Bench, *, quick: bool) -> None:
         kernel_parts.head_and_sampling(bench)
         for limbs in (1,) if quick else (1, 2):
             kernel_parts.layers(bench, limbs=limbs, quick=quick)
+
+
+def release(bench: Bench) -> None:
+    """Give the card's memory back: the next part may be another process."""
+    gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -131,6 +137,7 @@ def main() -> None:
             print(f"{name}: left out, {used:.0f} s of {options.minutes:g} minutes are used", flush=True)
             continue
         part()
+        release(bench)
         print(f"-- {name}: {time.monotonic() - began - used:.1f} s", flush=True)
     rows = goals.table(bench)
     if options.json:
