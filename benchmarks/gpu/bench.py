@@ -140,6 +140,8 @@ def main() -> None:
         release(bench)
         print(f"-- {name}: {time.monotonic() - began - used:.1f} s", flush=True)
     rows = goals.table(bench)
+    if options.dry_run:
+        print("a dry run: these figures mean nothing")
     if options.json:
         found = {
             "card": card, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "dry_run": options.dry_run,
