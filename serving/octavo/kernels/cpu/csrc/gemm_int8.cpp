@@ -81,39 +81,21 @@ void tile_of(const Product& p, const Place& at, int64_t rows) {
 
 constexpr int64_t kFewestTileRows = 5;  // below, reading the weights takes longer than any products of them
 
-// A task: rows [first, last) times `panels` panels. `next`: panels that this thread will probably read after them.
-struct Block {
-  int64_t first, last, panel, panels;
-  const int8_t* next;
-};
-
 // Rows [begin, end) of a block, all its panels. kOnce: no other rows read these weights.
 template <bool kOnce>
 void multiply_rows(const Product& p, const Block& block, int64_t begin, int64_t end, const Ahead& ahead) {
-#ifdef OCTAVO_TILES
-  if (p.tiles) {
-    const int64_t quads = quads_of(p.w->in_features);
-    const TileBlock tiles = {p.x + begin * p.x_stride, p.x_stride, end - begin, p.w->packed + block.panel * quads * kPanel * kQuad, quads, ahead};
-    return multiply_tiles<kOnce>(p, tiles, begin, block.panel, block.panels);
-  }
-#endif
   const Place at = {begin, block.panel, ahead};
   if constexpr (kOnce)
     if (block.panels == 4) return tile_of<4, kOnce>(p, at, end - begin);
   tile_of<2, kOnce>(p, at, end - begin);
 }
 
-// In row tiles as equal as they get: several of registers have four rows at least.
+// In row tiles as equal as they get: several have four rows at least.
 void multiply_block(const Product& p, const Block& block) {
-  const int64_t limbs = p.w->limbs, tokens = (block.last - block.first) / limbs;
-  const int64_t tiles = num_tiles(tokens, (p.tiles ? 2 * kTileRows : kMaxRows) / limbs);
-  if (tiles == 1) return multiply_rows<true>(p, block, block.first, block.last, {block.next, 0});
-  const int64_t quads = quads_of(p.w->in_features), bytes = block.panels * quads * kPanel * kQuad;
-  for (int64_t index = 0; index < tiles; ++index) {
-    const int64_t begin = block.first + tokens * index / tiles * limbs;
-    const int64_t end = block.first + tokens * (index + 1) / tiles * limbs;
-    multiply_rows<false>(p, block, begin, end, {block.next + bytes * index / tiles, bytes / tiles / quads});
-  }
+  const int64_t count = block.num_parts(p, kMaxRows);
+  if (count == 1) return multiply_rows<true>(p, block, block.first, block.last, {block.next, 0});
+  for (int64_t index = 0; index < count; ++index)
+    multiply_rows<false>(p, block, block.part(p, index, count), block.part(p, index + 1, count), block.ahead(p, index, count));
 }
 
 // Few rows are read-bound: four panels, so four streams of weights. More rows are bound by arithmetic: 8 x 2 registers, or 2 x 2
@@ -132,7 +114,9 @@ void multiply(Pool* pool, const Product& p) {
     const int64_t first = tokens * row_block / row_blocks * p.w->limbs;
     const int64_t last = tokens * (row_block + 1) / row_blocks * p.w->limbs;
     const int64_t next = std::min(panel + width, panels - width);
-    multiply_block(p, {first, last, panel, std::min(width, panels - panel), p.w->packed + std::max<int64_t>(next, 0) * panel_bytes});
+    const Block block = {first, last, panel, std::min(width, panels - panel), p.w->packed + std::max<int64_t>(next, 0) * panel_bytes};
+    if (p.tiles) multiply_in_tiles(p, block);
+    else multiply_block(p, block);
   });
 }
 

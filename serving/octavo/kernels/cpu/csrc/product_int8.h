@@ -19,6 +19,26 @@ struct Product {
   bool tiles;              // in tile registers
 };
 
+// A task: rows [first, last) times `panels` panels. `next`: panels that this thread will probably read after them. Its rows are cut
+// into parts as equal as they get, no token cut.
+struct Block {
+  int64_t first, last, panel, panels;
+  const int8_t* next;
+
+  int64_t num_parts(const Product& p, int64_t most_rows) const { return num_tiles((last - first) / p.w->limbs, most_rows / p.w->limbs); }
+
+  // The first row of a part.
+  int64_t part(const Product& p, int64_t index, int64_t count) const {
+    return first + (last - first) / p.w->limbs * index / count * p.w->limbs;
+  }
+
+  // A part's share of fetching what comes next.
+  Ahead ahead(const Product& p, int64_t index, int64_t count) const {
+    const int64_t quads = quads_of(p.w->in_features), bytes = panels * quads * kPanel * kQuad;
+    return {next + bytes * index / count, bytes / count / quads};
+  }
+};
+
 // The exact sums of one byte row and panel, zero points taken out.
 OCTAVO_INLINE i32x16 exact_sum(const Product& p, const int32_t* sums, int64_t row, int64_t column, int64_t group) {
   const int64_t at = group * panels_of(p.w->out_features) * kPanel + column;

@@ -63,14 +63,8 @@ OCTAVO_INLINE void store_tile(void* data, int64_t stride) {
 
 // Sums += rows of unsigned bytes · columns of signed ones.
 template <int Sums, int Rows, int Columns>
-OCTAVO_INLINE void dot_tiles_us() {
+OCTAVO_INLINE void dot_tiles() {
   asm volatile("tdpbusd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(Columns), "i"(Rows), "i"(Sums));
-}
-
-// Sums += rows of signed bytes · columns of signed ones.
-template <int Sums, int Rows, int Columns>
-OCTAVO_INLINE void dot_tiles_ss() {
-  asm volatile("tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(Columns), "i"(Rows), "i"(Sums));
 }
 
 #else
