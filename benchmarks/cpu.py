@@ -194,8 +194,26 @@ def report(scheme: str, figures: dict[str, object]) -> None:
             print(f"  {name:17} " + "  ".join(f"{key} {number:.1f}" for key, number in value.items()))
         elif isinstance(value, dict) and "share" in value:
             spread = f"(best {value['best']:.1f}, worst {value['worst']:.1f})"
-            share = f"{value['share']:.0%} of the limit, {value['share_with_cache']:.0%} counting the cache"
+            share = (
+                f"{value['share']:.0%} of the limit ({value['limited_by']}), "
+                f"{value['share_with_cache']:.0%} counting the cache"
+            )
             print(f"  {name:17} {value['median']:8.1f} tok/s  {spread:32} {share}")
+
+
+def describe_machine(args: argparse.Namespace) -> dict[str, object]:
+    """What the figures were measured on, its ceilings included; printed too."""
+    load, rates = os.getloadavg()[0], args.ceilings.measure(1.0)
+    ceilings = {"read_gb_s": rates.read, "vpdpbusd_gops": rates.vectors, "tdpbusd_gops": rates.tiles}
+    print(f"{processor()}, {args.threads} threads: {rates.read:.1f} GB/s, {rates.vectors:.0f} GOPS by vpdpbusd, "
+          f"{rates.tiles:.0f} by tdpbusd; products are held against {rates.instruction}", flush=True)  # fmt: skip
+    return {
+        "processor": processor(),
+        "threads": args.threads,
+        "date": time.strftime("%Y-%m-%d"),
+        "load_average": load,
+        "ceilings": {**ceilings, "instruction": rates.instruction},
+    }
 
 
 def main() -> None:
@@ -210,13 +228,7 @@ def main() -> None:
     args = parser.parse_args()
     make_model(args.folder)
     args.ceilings = Ceilings.build(args.folder, args.threads)
-    load = os.getloadavg()[0]
-    machine = {
-        "processor": processor(),
-        "threads": args.threads,
-        "date": time.strftime("%Y-%m-%d"),
-        "load_average": load,
-    }
+    machine = describe_machine(args)
     results: dict[str, dict[str, object]] = {}
     for scheme in args.schemes:
         results[scheme] = in_a_process(measure_scheme, args.folder, scheme, args)

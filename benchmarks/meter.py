@@ -11,18 +11,42 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from standard_model import CACHE_BYTES, HEAD_WEIGHTS, WEIGHTS
 
 HERE = Path(__file__).resolve().parent
+TILE_ROWS = 16  # of an AMX tile
 CONTEXT = 256  # tokens behind every sequence of a decode figure whose name does not say
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What the machine gives now; zero is not known, or not there."""
+
+    read: float  # GB/s
+    vectors: float  # GOPS of vpdpbusd
+    tiles: float  # GOPS of tdpbusd
+
+    @property
+    def instruction(self) -> str:
+        """The fastest that multiplies int8."""
+        return "tdpbusd (AMX)" if self.tiles > self.vectors else "vpdpbusd (AVX-512 VNNI)"
+
+    def product_seconds(self, operations: Callable[[int], float], rows: int) -> float:
+        """Of the fastest instruction for this many rows; tiles take sixteen rows whether they are full or not."""
+        ways = [(self.vectors, rows), (self.tiles, -(-rows // TILE_ROWS) * TILE_ROWS)]
+        return min((operations(worked) / (rate * 1e9) for rate, worked in ways if rate), default=0.0)
+
+    @classmethod
+    def middle(cls, probes: Sequence[Rates], of: Callable[[list[float]], float] = statistics.median) -> Rates:
+        return cls(*(of(list(column)) for column in zip(*map(astuple, probes))))
+
+
+@dataclass(frozen=True)
 class Ceilings:
-    """The small program that says what the machine gives now; zeros without a compiler or the instruction."""
+    """The small program that says what the machine gives now; zeros without a compiler or the instructions."""
 
     program: Path
     threads: int
@@ -34,23 +58,25 @@ class Ceilings:
             subprocess.run(["g++", *flags, str(HERE / "ceilings.cpp"), "-o", str(folder / "ceilings")], check=True)
         return cls(folder / "ceilings", threads)
 
-    def measure(self) -> tuple[float, float]:
-        """GB/s of reading and GOPS of the int8 instruction."""
+    def measure(self, seconds: float = 0.12) -> Rates:
+        """Takes five times as long: three ways of reading, two of multiplying."""
         try:
-            command = [str(self.program), str(self.threads), "0.12"]
+            command = [str(self.program), str(self.threads), str(seconds)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         except (OSError, subprocess.CalledProcessError):
-            return 0.0, 0.0
-        read, products = map(float, printed.split())
-        return read, products
+            return Rates(0.0, 0.0, 0.0)
+        return Rates(*map(float, printed.split()))
 
 
-def limit(tokens: int, limbs: int, *, read: float, products: float, logits: int, cached: int = 0) -> float:
-    """Least seconds of a step of `tokens` rows, `logits` of them through the head, with `cached` tokens to attend."""
+def limit(tokens: int, limbs: int, rates: Rates, *, logits: int, cached: int = 0) -> tuple[float, str]:
+    """Least seconds of a step of `tokens` rows, `logits` of them through the head, over `cached` tokens; and why."""
     num_bytes = WEIGHTS + (HEAD_WEIGHTS if logits else 0) + cached * CACHE_BYTES
-    reading = num_bytes / (read * 1e9) if read else 0.0
-    working = 2 * limbs * (tokens * WEIGHTS + logits * HEAD_WEIGHTS) / (products * 1e9) if products else 0.0
-    return max(reading, working)
+    reading = num_bytes / (rates.read * 1e9) if rates.read else 0.0
+    working = sum(
+        rates.product_seconds(lambda rows, size=size: 2.0 * rows * size, limbs * rows)
+        for rows, size in ((tokens, WEIGHTS), (logits, HEAD_WEIGHTS))
+    )
+    return (reading, "reading") if reading >= working else (working, "multiplying")
 
 
 @dataclass
@@ -67,29 +93,31 @@ class Meter:
         for _ in range(self.runs):
             rates.append(run())
             probes.append(self.ceilings.measure())
-            limits = [statistics.mean(pair) for pair in zip(*probes[-2:])]
-            shares.append(rates[-1] * seconds_per_token(name, self.limbs, limits, cache=False))
-            with_cache.append(rates[-1] * seconds_per_token(name, self.limbs, limits, cache=True))
+            machine = Rates.middle(probes[-2:], statistics.mean)
+            shares.append(rates[-1] * seconds_per_token(name, self.limbs, machine, cache=False)[0])
+            with_cache.append(rates[-1] * seconds_per_token(name, self.limbs, machine, cache=True)[0])
         print(name, *(f"{rate:.1f} ({share:.0%})" for rate, share in zip(rates, shares)), file=sys.stderr, flush=True)
+        machine = Rates.middle(probes)
         return {
             "median": statistics.median(rates),
             "best": max(rates),
             "worst": min(rates),
             "share": statistics.median(shares),
             "share_with_cache": statistics.median(with_cache),
-            "read_gb_s": statistics.median(read for read, _ in probes),
-            "int8_gops": statistics.median(products for _, products in probes),
+            "limited_by": seconds_per_token(name, self.limbs, machine, cache=False)[1],
+            **asdict(machine),
         }
 
 
-def seconds_per_token(name: str, limbs: int, limits: Sequence[float], *, cache: bool) -> float:
-    """What the limits allow at best for a figure of this name."""
+def seconds_per_token(name: str, limbs: int, rates: Rates, *, cache: bool) -> tuple[float, str]:
+    """What the machine allows at best for a figure of this name, and what limits it."""
     kind, *numbers = name.replace("_at_", "_").split("_")
     tokens = int(numbers[0])
     context = int(numbers[1]) if len(numbers) > 1 else CONTEXT
     decodes = kind == "decode"
     logits, cached = tokens if decodes else 1, tokens * context if decodes and cache else 0
-    return limit(tokens, limbs, read=limits[0], products=limits[1], logits=logits, cached=cached) / tokens
+    seconds, why = limit(tokens, limbs, rates, logits=logits, cached=cached)
+    return seconds / tokens, why
 
 
 def memory_mib() -> dict[str, float]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from checkpoints import write_tokenizer
-from peers import OURS, Peer
+from peer_process import OURS, Peer
 from plots import Panel, draw
 
 HERE = Path(__file__).resolve().parent

@@ -25,6 +25,8 @@ def pairs(row: list[float]) -> list[tuple[float, float]]:
 
 
 class CTranslate(SteppedPeer):
+    room = 16_384  # its cache is float32, and so are the activations of all prompts, which it computes at once
+
     def __init__(self, folder: str, threads: int) -> None:
         super().__init__()
         import json

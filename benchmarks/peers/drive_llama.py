@@ -87,6 +87,8 @@ def bf16_tensors(path: Path):
 
 
 class Llama(SteppedPeer):
+    room = CONTEXT
+
     def __init__(self, folder: str, threads: int) -> None:
         super().__init__()
         import llama_cpp as lib

@@ -11,6 +11,8 @@ from protocol import SteppedPeer, figures, main
 
 
 class Transformers(SteppedPeer):
+    room = 32_768  # it computes all prompts at once: the activations of more would fill the memory
+
     def __init__(self, folder: str, threads: int) -> None:
         super().__init__()
         import torch

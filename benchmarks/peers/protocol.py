@@ -1,6 +1,6 @@
 """How a peer's driver talks: one JSON object a line on stdin, one on stdout; and how work is measured on any engine.
 
-    {"op": "load", "folder": …, "threads": 2}                      -> {"load_s": …}
+    {"op": "load", "folder": …, "threads": 2}                      -> {"load_s": …}   and "room"
     {"op": "fill", "batch": 32, "context": 200}                    -> {"tok_s": …} of the prompts; the batch stays
     {"op": "shrink", "batch": 16}                                  -> {}           the others are cancelled
     {"op": "decode", "tokens": 8}                                  -> {"tok_s": …} the batch goes on for 8 steps
@@ -47,6 +47,8 @@ def prompt_of(length: int, seed: int) -> list[int]:
 
 class SteppedPeer:
     """decode, prompt and serve over a `Stepper`."""
+
+    room: int | None = None  # tokens of all sequences that it is asked to hold at most, where that is a bound
 
     def __init__(self) -> None:
         self._seed = 0
@@ -142,6 +144,8 @@ def main(load: Callable[[str, int], object], *, prepare: Callable[[str, str], No
                 began = time.perf_counter()
                 peer = load(asked["folder"], asked["threads"])
                 answer: dict[str, object] = {"load_s": time.perf_counter() - began}
+                if peer.room is not None:
+                    answer["room"] = peer.room
             else:
                 answer = getattr(peer, op)(**asked)
         except Exception as error:  # the edge of the driver: the session goes on without this figure

@@ -99,20 +99,60 @@ def test_ratios_are_above_one_where_ours_is_better(program) -> None:
         "a": {"decode_1": {"tok_s": 20.0, "runs": 5}, "serve_16": {"itl_p50_ms": 100.0}, "load": {"load_s": 2.0}},
         "b": {"decode_1": {"tok_s": 24.0, "runs": 5}},
     }
-    found = program("peers").ratios(ours, others)
+    found = program("peer_report").ratios(ours, others)
     assert found["decode_1.tok_s"] == {"ours": 30.0, "best": 24.0, "peer": "b", "ratio": 1.25}
     assert found["serve_16.itl_p50_ms"]["ratio"] == 2.0
     assert found["load.load_s"]["ratio"] == 0.5
     assert set(found) == {"decode_1.tok_s", "serve_16.itl_p50_ms", "load.load_s"}
 
 
-def test_long_figures_are_repeated_for_those_in_reach_of_the_best(program) -> None:
+def make_session(program, rates: dict[str, float], *, room: float | None = None):
+    """Peers whose prompts of 2 048 ran at these rates."""
     peers = program("peers")
-    fast, slow, new = (peers.Peer(name, "", Path(), Path()) for name in ("fast", "slow", "new"))
-    fast.figures, slow.figures = {"serve_16": [{"tok_s": 60.0}]}, {"serve_16": [{"tok_s": 20.0}]}
-    session = peers.Session([fast, slow, new], 2, 0.0)
-    assert session.contenders("serve_16") == [fast, new]
-    assert session.contenders("prompt_2048") == [fast, slow, new]
+    made = [peers.Peer(name, "", Path(), Path()) for name in rates]
+    for peer in made:
+        peer.figures = {"prompt_2048": [{"tok_s": rates[peer.name]}] if rates[peer.name] else []}
+        peer.figures = {name: rows for name, rows in peer.figures.items() if rows}
+        peer.figures["load"] = [{"load_s": 1.0} if room is None else {"load_s": 1.0, "room": room}]
+    return peers.Session(made, 2, 0.0, None)
+
+
+def test_long_figures_are_repeated_for_those_in_reach_of_the_best(program) -> None:
+    session = make_session(program, {"fast": 60.0, "slow": 20.0, "new": 0.0})
+    fast, slow, new = session.peers
+    assert session.contenders("prompt_2048") == [fast, new]
+    assert session.contenders("serve_16") == [fast, slow, new]
+
+
+def test_long_batches_are_those_that_a_peer_fills_in_time(program) -> None:
+    peers = program("peers")
+    session = make_session(program, {"fast": 5000.0, "middling": 500.0, "slow": 60.0, "new": 0.0})
+    assert [session.affordable(peer, peers.LONG) for peer in session.peers] == [32, 16, 1, 0]
+    session = make_session(program, {"fast": 5000.0}, room=4 * 2048)
+    assert session.affordable(session.peers[0], peers.LONG) == 4
+
+
+def test_the_limit_is_that_of_reading_or_of_the_faster_instruction(program) -> None:
+    meter, model = program("meter"), program("standard_model")
+    rates = meter.Rates(read=40.0, vectors=2000.0, tiles=15_000.0)
+    num_bytes = model.WEIGHTS + model.HEAD_WEIGHTS
+    assert meter.seconds_per_token("decode_4", 1, rates, cache=False) == (num_bytes / 40e9 / 4, "reading")
+    tiled, why = meter.seconds_per_token("prompt_512", 1, rates, cache=False)
+    assert why == "multiplying"
+    assert tiled == pytest.approx(2 * model.WEIGHTS / 15e12, rel=0.01)
+    vectors = meter.Rates(read=40.0, vectors=2000.0, tiles=0.0)
+    assert meter.seconds_per_token("prompt_512", 1, vectors, cache=False)[0] == pytest.approx(tiled * 7.5, rel=0.01)
+    # a tile takes sixteen rows even for one, so one row is worked by vectors
+    assert rates.product_seconds(float, 1) == 1 / 2000e9
+    assert rates.product_seconds(float, 17) == 32 / 15_000e9
+
+
+def test_what_was_promised_is_held_against_what_was_reached(program) -> None:
+    report = program("peer_report")
+    assert report.goal_text("decode_1.tok_s", 1.4, 0.9) == "≥ 1.3; ≥ 89%"
+    assert report.goal_text("decode_1.tok_s", 1.2, 0.8) == "≥ 1.3 missed; ≥ 89% missed"
+    assert report.goal_text("serve_16.tok_s", 1.2, None) == "≥ 1.3 missed"
+    assert report.goal_text("serve_16.itl_p50_ms", 1.2, None) == ""
 
 
 def test_a_bend_tells_linear_growth_from_worse(program) -> None:
