@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -236,6 +237,7 @@ def report(session: Session, load_before: float) -> dict[str, object]:
 
 def main() -> int:
     given = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no peer is left behind
     session = make_session(given)
     load_before = os.getloadavg()[0]
     try:
