@@ -119,6 +119,7 @@ __attribute__((target("amx-tile,amx-int8"))) int64_t tile_rounds(double until) {
   const TileShapes shapes;
   alignas(64) static const uint8_t bytes[1024] = {1, 2, 3};
   alignas(64) int32_t sums[256];
+  asm volatile("" : : "r"(&shapes) : "memory");  // the intrinsic does not say that it reads all of them
   _tile_loadconfig(&shapes);
   _tile_zero(0);
   _tile_zero(1);

@@ -5,6 +5,9 @@ included, and then the sampled token is replaced by the next one of a written an
 text with quotes from it, another text, random tokens, or noise of twelve tokens, where drafts are always found and
 never good. So times are the model's, and texts, matches and accepted drafts are real.
 
+In two cases nothing is written: `own` samples the model's own tokens, which do not repeat; `loop` takes its likeliest
+ones, and a model of random weights soon says the same again and again.
+
 python benchmarks/speculation.py [--folder DIR] [--runs 3]
 """
 
@@ -36,14 +39,15 @@ from octavo.settings import DEMO_MODEL, REPOSITORY, with_overrides
 from octavo.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-CASES = ("edit", "quotes", "other", "random", "noise")
+CASES = ("edit", "quotes", "other", "random", "noise", "own", "loop")
+UNWRITTEN = ("own", "loop")
 PROMPT_TOKENS = {1: 512, 4: 256, 16: 128}  # by batch
 OUTPUT_TOKENS = {1: 160, 4: 128, 16: 96}
 
 
 @dataclass
 class Scripted:
-    """A runner whose sampled tokens are those of written answers, by sequence id."""
+    """A runner whose sampled tokens are those of written answers, by sequence id; its own where none is written."""
 
     inner: Runner
     answers: dict[int, list[int]] = field(default_factory=dict)
@@ -58,7 +62,10 @@ class Scripted:
 
     def collect(self) -> StepResult:
         result, plan = self.inner.collect(), self.plans.popleft()
-        result.sampled = [self._sampled(step) if step.sample else None for step in plan.sequences]
+        result.sampled = [
+            self._sampled(step) if step.sample and self.answers[step.seq_id] else own
+            for step, own in zip(plan.sequences, result.sampled)
+        ]
         return result
 
     def close(self) -> None:
@@ -94,6 +101,8 @@ class Texts:
         dice = random.Random(seed)
         first, second = dice.sample(self._documents, 2)
         prompt = self.tokenizer.encode(first)[:length]
+        if case in UNWRITTEN:
+            return prompt, []
         if case == "edit":
             answer = self._edited(self.tokenizer.decode(prompt), dice)
         elif case == "quotes":
@@ -135,12 +144,15 @@ def core_over(runner: Runner, speculation: str) -> EngineCore:
     return EngineCore(scheduler, runner, time.monotonic)
 
 
-def tokens_per_second(core: EngineCore, runner: Scripted, answers: Sequence[tuple[list[int], list[int]]]) -> float:
+def tokens_per_second(
+    core: EngineCore, runner: Scripted, answers: Sequence[tuple[list[int], list[int]]], temperature: float
+) -> float:
     """Of a batch, from the moment when all prompts are done to the first end."""
     count = OUTPUT_TOKENS[len(answers)]
     for seq_id, (prompt, answer) in enumerate(answers):
         runner.answers[seq_id] = answer
-        core.add(Submit(seq_id, prompt, SamplingParams(max_tokens=count, temperature=0.8, top_p=0.95, seed=seq_id)))
+        params = SamplingParams(max_tokens=count, temperature=temperature, top_p=0.95, seed=seq_id)
+        core.add(Submit(seq_id, prompt, params))
     started: set[int] = set()
     while len(started) < len(answers):
         started |= {output.seq_id for output in core.turn()}
@@ -168,7 +180,7 @@ def measure(runner: Scripted, texts: Texts, case: str, batch: int, runs: int) ->
         ]
         order = list(cores.items()) if run % 2 else list(cores.items())[::-1]
         for name, core in order:
-            rates[name].append(tokens_per_second(core, runner, answers))
+            rates[name].append(tokens_per_second(core, runner, answers, 0.0 if case == "loop" else 0.8))
     ratios = [fast / slow for slow, fast in zip(rates["none"], rates["ngram"])]
     stats = cores["ngram"].scheduler.stats()
     figures = {
@@ -178,6 +190,7 @@ def measure(runner: Scripted, texts: Texts, case: str, batch: int, runs: int) ->
         "ratio_of_best": max(rates["ngram"]) / max(rates["none"]),  # says more on a machine that others use too
         "ratio_least": min(ratios),
         "ratio_most": max(ratios),
+        "runs": runs,
         "drafted": stats.draft_tokens,
         "accepted": stats.accepted_tokens,
     }

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from protocol import SteppedPeer, main
 
 CONTEXT, SEQUENCES, CHUNK = 16_384, 32, 512
-FILE = "model-q8_0.gguf"
+FILE, NO_TILES = "model-q8_0.gguf", "no-tiles"
 
 
 def prepare(source: str, target: str) -> None:
@@ -51,6 +53,16 @@ def prepare(source: str, target: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    try_tiles(Path(target))
+
+
+def try_tiles(folder: Path) -> None:
+    """Some compilers break its AMX products: the process dies in the first. If so, the folder says to do without."""
+    code = f"from drive_llama import Llama; Llama({str(folder)!r}, 1).prompt(8)"
+    tried = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, check=False)
+    if tried.returncode:
+        (folder / NO_TILES).touch()
+        print(f"llama.cpp ends with {tried.returncode} in its own weight layouts (AMX): going without", file=sys.stderr)
 
 
 def write_config(writer: object, config: dict) -> None:
@@ -95,9 +107,9 @@ class Llama(SteppedPeer):
 
         self._lib = lib
         lib.llama_backend_init()
-        self._model = lib.llama_model_load_from_file(
-            str(Path(folder) / FILE).encode(), lib.llama_model_default_params()
-        )
+        weights = lib.llama_model_default_params()
+        weights.use_extra_bufts = not (Path(folder) / NO_TILES).exists()
+        self._model = lib.llama_model_load_from_file(str(Path(folder) / FILE).encode(), weights)
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = CONTEXT, 2048, CHUNK, SEQUENCES
         params.n_threads = params.n_threads_batch = threads

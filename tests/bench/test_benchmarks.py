@@ -163,10 +163,18 @@ def test_a_bend_tells_linear_growth_from_worse(program) -> None:
     assert bend({size: 7.0 + size**0.5 for size in sizes}) < 1.0
 
 
+def test_growth_is_judged_by_the_median_of_rounds(program) -> None:
+    growth = program("growth")
+    rows = growth.in_turn((1, 2, 4), lambda size, index: {"ms": size * (10.0 if (size, index) == (4, 1) else 1.0)})
+    assert rows[4]["ms"] == [4.0, 40.0, 4.0, 4.0, 4.0]
+    costs = growth.by_round(rows, "ms")
+    assert costs[0] == {1: 1.0, 2: 2.0, 4: 4.0}
+    assert sorted(growth.bend(round_) for round_ in costs)[2] == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("output", [1_000_000, 16])
 def test_the_scheduler_is_measured_with_a_full_batch_and_a_queue(program, output: int) -> None:
-    growth = program("growth")
-    row = growth.measure(running=4, waiting=20, cached=50, output=output, steps=20)
+    row = program("scheduler_alone").measure(running=4, waiting=20, cached=50, output=output, steps=20)
     assert 0 < row["median_ms"] <= row["p99_ms"] <= row["max_ms"]
 
 
