@@ -46,7 +46,7 @@ LONG = Ladder(1880, ((32, 5), (16, 5), (4, 8), (1, 12)), "_at_2048")  # to about
 SERVE = {"op": "serve", "requests": 32, "at_once": 16, "prompt": 256, "output": 64}
 FILL_SECONDS = 75.0
 MOST_SECONDS = 300.0  # of one question
-MOST_REPEATED = 45.0  # a question that took longer is not asked again
+MOST_REPEATED = 20.0  # a question that took longer is not asked again
 
 
 # ---- a session
@@ -92,8 +92,12 @@ class Session:
             self._round("prompt_2048", {"op": "prompt", "tokens": 2048}, index, self.contenders("prompt_2048"))
 
     def serves(self, runs: int) -> None:
+        """Whoever decodes 16 at less than a third of the best's speed would take minutes and change nothing."""
+        best = max((peer.rate("decode_16") or 0.0 for peer in self.living()), default=0.0)
+        slow = [peer for peer in self.living() if (peer.rate("decode_16") or best) < best / 3]
+        self.left_out += [f"{peer.name} serve_16: less than a third of the best's speed at batch 16" for peer in slow]
         for index in range(runs):
-            self._round("serve_16", SERVE, index, self.contenders("serve_16"))
+            self._round("serve_16", SERVE, index, [one for one in self.contenders("serve_16") if one not in slow])
 
     def affordable(self, peer: Peer, ladder: Ladder) -> int:
         """The largest batch that it fills in time, and has room for; 0 if none."""

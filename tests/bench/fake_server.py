@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Reply = tuple[int, list[bytes], bool]  # status, pieces of the body, whether the body is complete
@@ -17,6 +16,8 @@ class FakeServer:
 
     usage: bool = True
     refuses: tuple[str, ...] = ()  # body fields answered with 400
+    tokens_a_word: int = 1
+    longest: int | None = None  # prompt, in tokens
     takes_ids: bool = True
     key: str | None = None
     models: tuple[str, ...] = ("small",)
@@ -84,6 +85,8 @@ class FakeServer:
             return _whole(writer, 404, {"error": {"message": "no such model"}})
         if not self.takes_ids and isinstance(asked.get("prompt"), list):
             return _whole(writer, 400, {"detail": "prompt must be a string"})
+        if self.longest is not None and _length(asked) * self.tokens_a_word > self.longest:
+            return _whole(writer, 400, {"error": {"message": f"the longest prompt is {self.longest}"}})
         if fault is not None and fault.isdigit():
             return _whole(writer, int(fault), {"error": {"message": "busy"}})
         await self._stream(asked, fault, writer)
@@ -91,8 +94,7 @@ class FakeServer:
     async def _stream(self, asked: dict, fault: str | None, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         native = "max_dec_len" in asked
-        make: Callable[[dict, str | None], list[bytes]] = _native if native else _events
-        pieces = make(asked, fault)
+        pieces = _native(asked, fault) if native else _events(asked, fault, self.tokens_a_word)
         if not self.usage and not native:
             pieces = [piece for piece in pieces if b'"usage"' not in piece]
         if self.one_write:
@@ -116,10 +118,14 @@ def _whole(writer: asyncio.StreamWriter, status: int, value: object) -> None:
     writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
 
 
-def _events(asked: dict, fault: str | None) -> list[bytes]:
-    chat, count = "messages" in asked, asked["max_tokens"]
+def _length(asked: dict) -> int:
+    """Of the prompt in token ids or words."""
     prompt = asked.get("prompt") or asked["messages"][0]["content"]
-    length = len(prompt if isinstance(prompt, list) else prompt.split())
+    return len(prompt if isinstance(prompt, list) else prompt.split())
+
+
+def _events(asked: dict, fault: str | None, tokens_a_word: int) -> list[bytes]:
+    chat, count, length = "messages" in asked, asked["max_tokens"], _length(asked) * tokens_a_word
     chunks: list[object] = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}] if chat else []
     for index in range(1 if fault in ("drop", "cut", "error") else count):
         text = f" t{index}"

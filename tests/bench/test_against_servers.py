@@ -121,6 +121,13 @@ def test_what_a_server_refuses_is_left_out(tmp_path: Path, capsys: pytest.Captur
     assert "does not take ignore_eos" in capsys.readouterr().out
 
 
+def test_words_that_are_not_one_token_each_are_noted(tmp_path: Path) -> None:
+    with FakeServer(tokens_a_word=3) as server:
+        out = measured(tmp_path, server, "--api", "chat", "--num-requests", "4")
+    assert out["notes"] == ["prompts are words, 3.0 tokens each here: 144 tokens in all, not 48"]
+    assert out["input_tokens"] == 144
+
+
 def failure(capsys: pytest.CaptureFixture[str], *flags: str, url: str | None = None) -> str:
     """The one line of a run that measures nothing."""
     assert bench(*flags, url=url) == 2
@@ -146,6 +153,12 @@ def test_what_cannot_be_measured_is_one_clear_line(capsys: pytest.CaptureFixture
         assert "use --api chat" in failure(capsys, "--dataset", str(messages), url=server.url)
     assert "give the URL of a server, or --engine" in failure(capsys)
     assert "http://host:port" in failure(capsys, url="ftp://x")
+
+
+def test_a_refusal_that_words_do_not_help_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer(longest=8) as server:
+        line = failure(capsys, url=server.url)
+    assert "HTTP 400: the longest prompt is 8; with words for token ids: the longest prompt is 8" in line
 
 
 def test_a_dataset_is_asked_once_through(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from octavo.cli.bench import show, target
 from octavo.cli.bench.client import Address, Http
-from octavo.cli.bench.drive import Plan, Run, drive
+from octavo.cli.bench.drive import Plan, Run, drive, planned_tokens
 from octavo.cli.bench.figures import summarize
 from octavo.cli.bench.target import BenchError
 from octavo.cli.bench.work import Item, Shape, WorkError, arrivals, random_items, read_dataset
@@ -212,6 +212,10 @@ def report(arguments: argparse.Namespace, asked: Asked, result: Run, *, config: 
         cpu_seconds=None if arguments.engine else result.cpu_seconds,
     )
     notes = asked.notes + show.notes_of(summary, open_loop=asked.open_loop, in_process=arguments.engine)
+    good = [one for one in result.outcomes if one.error is None]
+    if arguments.dataset is None and any(item.token_ids is None for item in asked.plan.items):
+        words = sum(planned_tokens(asked.plan.items[one.index]) for one in good)
+        notes += show.note_of_words(words, sum(one.input_tokens for one in good))
     if len(result.outcomes) < len(asked.plan.items):
         notes.append(f"stopped after {len(result.outcomes)} of {len(asked.plan.items)} requests")
     what = config.get("url") or config.get("engine")

@@ -96,6 +96,13 @@ def notes_of(summary: Mapping[str, object], *, open_loop: bool, in_process: bool
     return notes
 
 
+def note_of_words(asked: int, counted: int) -> list[str]:
+    """Random prompts of words have as many tokens as the server's tokenizer makes of them."""
+    if not asked or 0.8 <= counted / asked <= 1.25:
+        return []
+    return [f"prompts are words, {counted / asked:.1f} tokens each here: {counted} tokens in all, not {asked}"]
+
+
 def write_json(path: Path, report: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -64,7 +64,7 @@ async def choose_model(http: Http, dialect: Dialect) -> str | None:
 
 async def probe(http: Http, dialect: Dialect, item: Item, *, timeout: float, may_use_words: bool) -> Found:
     """One short request, again without what the server refuses. BenchError with what it said."""
-    found = Found()
+    found, before = Found(), ""
     item = replace(item, output_len=min(item.output_len, PROBE_TOKENS))
     while True:
         outcome = Outcome(0, due=time.monotonic())
@@ -83,6 +83,9 @@ async def probe(http: Http, dialect: Dialect, item: Item, *, timeout: float, may
             item = Item(item.output_len, text=" ".join(WORDS[one % len(WORDS)] for one in item.token_ids))
             found.use_words = True
             found.notes.append(NO_IDS)
+            before = f"{outcome.error}: {outcome.detail}"  # it may not be the ids that were wrong
+        elif before:
+            raise BenchError(f"the first request failed: {before}; with words for token ids: {outcome.detail}")
         else:
             raise BenchError(await explain(http, dialect, outcome))
 
