@@ -5,8 +5,9 @@ included, and then the sampled token is replaced by the next one of a written an
 text with quotes from it, another text, random tokens, or noise of twelve tokens, where drafts are always found and
 never good. So times are the model's, and texts, matches and accepted drafts are real.
 
-In two cases nothing is written: `own` samples the model's own tokens, which do not repeat; `loop` takes its likeliest
-ones, and a model of random weights soon says the same again and again.
+In three cases nothing is written. `own` samples the model's own tokens, which do not repeat. `loop` takes its likeliest
+ones, and a model of random weights soon says the same again and again. `copy` is a model of the same shape whose
+weights are made by hand to repeat its prompt (copying_model.py), asked to go on where its prompt began.
 
 python benchmarks/speculation.py [--folder DIR] [--runs 3]
 """
@@ -28,7 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpu import make_model
+from copying_model import make_copying_model
+from standard_model import make_model
 
 from octavo.engine.core import EngineCore, default_budget, make_scheduler
 from octavo.engine.interface import Runner
@@ -39,9 +41,11 @@ from octavo.settings import DEMO_MODEL, REPOSITORY, with_overrides
 from octavo.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-CASES = ("edit", "quotes", "other", "random", "noise", "own", "loop")
-UNWRITTEN = ("own", "loop")
+CASES = ("edit", "quotes", "other", "random", "noise", "own", "loop", "copy")
+UNWRITTEN = ("own", "loop", "copy")
+WRITTEN = tuple(case for case in CASES if case not in UNWRITTEN)
 PROMPT_TOKENS = {1: 512, 4: 256, 16: 128}  # by batch
+COPY_FROM = 8  # tokens of its beginning that end a prompt
 OUTPUT_TOKENS = {1: 160, 4: 128, 16: 96}
 
 
@@ -101,6 +105,8 @@ class Texts:
         dice = random.Random(seed)
         first, second = dice.sample(self._documents, 2)
         prompt = self.tokenizer.encode(first)[:length]
+        if case == "copy":
+            prompt[-COPY_FROM:] = prompt[:COPY_FROM]
         if case in UNWRITTEN:
             return prompt, []
         if case == "edit":
@@ -180,7 +186,7 @@ def measure(runner: Scripted, texts: Texts, case: str, batch: int, runs: int) ->
         ]
         order = list(cores.items()) if run % 2 else list(cores.items())[::-1]
         for name, core in order:
-            rates[name].append(tokens_per_second(core, runner, answers, 0.0 if case == "loop" else 0.8))
+            rates[name].append(tokens_per_second(core, runner, answers, 0.8 if case in ("own", *WRITTEN) else 0.0))
     ratios = [fast / slow for slow, fast in zip(rates["none"], rates["ngram"])]
     stats = cores["ngram"].scheduler.stats()
     figures = {
@@ -199,6 +205,32 @@ def measure(runner: Scripted, texts: Texts, case: str, batch: int, runs: int) ->
     return figures
 
 
+def load(folder: Path, threads: int) -> Scripted:
+    """As the server does, with room for all batches."""
+    settings = with_overrides(
+        {
+            "model_dir": str(folder),
+            "max_seq_len": 1024,
+            "max_dec_len": 512,
+            "batch_size": 16,
+            "block_bs": 16.0,
+            "num_threads": threads,
+        }
+    )
+    runner = Scripted(load_runner(settings, lambda stage, fraction: None))
+    gc.collect()
+    gc.freeze()
+    return runner
+
+
+def copying(args: argparse.Namespace) -> Path:
+    """The folder of the model that repeats its prompt, beside that of the standard one; made if it is asked for."""
+    folder = args.folder.parent / "copying"
+    if "copy" in args.cases:
+        make_copying_model(args.folder, folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "octavo-bench" / "l1b")
@@ -211,32 +243,21 @@ def main() -> None:
     )
     args = parser.parse_args()
     make_model(args.folder)
-    settings = with_overrides(
-        {
-            "model_dir": str(args.folder),
-            "model_config_path": str(args.folder / "w8a8.json"),
-            "max_seq_len": 1024,
-            "max_dec_len": 512,
-            "batch_size": 16,
-            "block_bs": 16.0,
-            "num_threads": args.threads,
-        }
-    )
-    load_before = os.getloadavg()[0]
-    runner = Scripted(load_runner(settings, lambda stage, fraction: None))
-    gc.collect()
-    gc.freeze()
-    texts = Texts(Tokenizer.load(str(DEMO_MODEL)))
-    results = {
-        f"{case}_{batch}": measure(runner, texts, case, batch, args.runs)
-        for batch in args.batches
-        for case in args.cases
-    }
-    runner.close()
+    load_before, kernels = os.getloadavg()[0], ""
+    results: dict[str, dict[str, float]] = {}
+    for folder, cases in ((args.folder, [case for case in args.cases if case != "copy"]), (copying(args), ["copy"])):
+        if not set(cases) & set(args.cases):
+            continue
+        runner = load(folder, args.threads)
+        texts = Texts(Tokenizer.load(str(DEMO_MODEL)))
+        for batch in args.batches:
+            results |= {f"{case}_{batch}": measure(runner, texts, case, batch, args.runs) for case in cases}
+        runner.close()
+        kernels = runner.info.kernels
     machine = {
         "processor": platform.processor() or platform.machine(),
         "threads": args.threads,
-        "kernels": runner.info.kernels,
+        "kernels": kernels,
         "date": time.strftime("%Y-%m-%d"),
         "load_average": [load_before, os.getloadavg()[0]],
     }
