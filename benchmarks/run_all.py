@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", default=[part for part in PARTS if part != "peers"], choices=PARTS)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "octavo-bench" / "l1b")
     parser.add_argument("--peer", dest="peers", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--minutes", type=float, default=25.0, help="of the peers' session")
+    parser.add_argument("--minutes", type=float, default=33.0, help="of the peers' session")
     arguments = parser.parse_args()
     parts = list(arguments.parts)
     if arguments.peers and "peers" not in parts:
