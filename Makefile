@@ -1,13 +1,15 @@
-# Each target is one line and is what CI and the README run. Uses the active virtual environment, else ./.venv, else python3.
-PYTHON := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,$(or $(wildcard .venv/bin/python),python3))
+# Each target is one line and is what CI and the README run. Uses the active virtual environment, else ./.venv, which `setup`
+# makes; a machine with a card may have no such environment, so what runs there takes python3 in its place.
+PYTHON := $(or $(VIRTUAL_ENV),.venv)/bin/python
+CARD_PYTHON := $(or $(wildcard $(PYTHON)),python3)
 
 .PHONY: setup test test-full test-gpu lint types bench bench-gpu gpu-budgets format
 
 setup: ; @bash start_server.sh --install test
 test: setup lint types ; $(PYTHON) -m pytest -m "not slow"
 test-full: setup lint types ; $(PYTHON) -m pytest
-test-gpu: ; $(PYTHON) -m pytest tests/gpu tests/kernels_gpu -m "not slow"
-bench-gpu: ; $(PYTHON) benchmarks/gpu/bench.py --json benchmarks/results/gpu.json
+test-gpu: ; $(CARD_PYTHON) -m pytest tests/gpu tests/kernels_gpu -m "not slow"
+bench-gpu: ; $(CARD_PYTHON) benchmarks/gpu/bench.py --json benchmarks/results/gpu.json
 gpu-budgets: ; cd tests && PYTHONPATH=.:../serving $(abspath $(PYTHON)) -m kernels_gpu.compiled --write
 lint: ; $(PYTHON) -m ruff check .
 types: ; $(PYTHON) -m mypy -p octavo.protocol -p octavo.scheduling -p octavo_client
