@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.engine.kv_cache import cache_specs, make_caches
 from octavo.engine.step_tensors import BlockTables, forward_batch
 from octavo.kernels.choose import choose
-from octavo.kernels.interface import BLOCK, LayerCache
+from octavo.kernels.interface import BLOCK, Kernels, LayerCache, multiplies_fp8
 from octavo.models.config import load_config
 from octavo.models.decoder import Decoder
 from octavo.models.loader import LoadOptions, load_decoder
@@ -85,15 +85,21 @@ def load_harness(
     weight_quant: str = "auto",
     dtype: str = "auto",
     int8_cache: bool = True,
-    kernels: str = "reference",
+    kernels: str | Kernels = "reference",
     num_slots: int = 6,
     head_quant: str = "none",
 ) -> Harness:
     """Load a model folder with room for `num_slots` sequences of 512 tokens."""
     config = load_config(folder)
-    backend = choose(kernels, device=torch.device("cpu"), num_threads=1)
+    device = torch.device("cpu")
+    backend = choose(kernels, device=device, num_threads=1) if isinstance(kernels, str) else kernels
     inputs = ReaderInputs(
-        TensorSource(folder), config.quantization, weight_quant, FLOAT_TYPES.get(dtype), head_quant=head_quant
+        TensorSource(folder),
+        config.quantization,
+        weight_quant,
+        FLOAT_TYPES.get(dtype),
+        head_quant=head_quant,
+        keep_fp8=multiplies_fp8(backend),
     )
     options = LoadOptions(max_positions=BLOCKS_PER_SLOT * BLOCK, int8_cache=int8_cache)
     model = load_decoder(config, inputs, backend, make_group(1), options=options, progress=lambda stage, fraction: None)

@@ -77,7 +77,7 @@ def _compress(model: Any, variant: Variant) -> tuple[dict[str, Tensor], Any]:
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
-        packed = compressor.compress(_with_scales(module.weight.detach(), variant), scheme)
+        packed = compressor.compress(with_scales(module.weight.detach(), variant), scheme)
         dequantised.get_submodule(name).weight.data = compressor.decompress(packed, scheme)["weight"].float()
         del tensors[f"{name}.weight"]
         tensors.update({f"{name}.{key}": value for key, value in packed.items()})
@@ -100,7 +100,7 @@ def _rounding(scales: list[Tensor]) -> Any:
     return hook
 
 
-def _with_scales(weight: Tensor, variant: Variant) -> dict[str, Tensor]:
+def with_scales(weight: Tensor, variant: Variant) -> dict[str, Tensor]:
     grouped = {
         "tensor": weight.reshape(1, 1, -1),
         "channel": weight[:, None, :],

@@ -128,7 +128,9 @@ def fp8_linear(*, per_row: bool, static: bool, scale_shape: tuple[int, ...] = (1
     return write
 
 
-def write_compressed_fp8(folder: Path, *, strategy: str, activations: str) -> Any:
+def write_compressed_fp8(
+    folder: Path, *, strategy: str, activations: str, rounding: Callable[[Tensor, float], Tensor] | None = None
+) -> Any:
     """float-quantized by the format's own library."""
     weights = QuantizationArgs(type="float", strategy=strategy, symmetric=True)
     inputs = QuantizationArgs(
@@ -156,7 +158,7 @@ def write_compressed_fp8(folder: Path, *, strategy: str, activations: str) -> An
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
-    return write_model(folder, write, config)
+    return write_model(folder, write, config, rounding=rounding)
 
 
 # ---- GPTQ

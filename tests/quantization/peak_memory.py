@@ -29,13 +29,20 @@ HIDDEN, INNER, LAYERS, VOCAB = 1024, 3072, 20, 8192
 Writer = Callable[[str, Tensor, float], tuple[dict[str, Tensor], Tensor]]
 
 
-def write_large(folder: Path, writer: Writer, quantization: dict[str, Any] | None, *, num_layers: int = LAYERS) -> None:
+def write_large(
+    folder: Path,
+    writer: Writer,
+    quantization: dict[str, Any] | None,
+    *,
+    num_layers: int = LAYERS,
+    vocab: int = VOCAB,
+) -> None:
     """A Llama of 270 million weights, or of other depth: 13.6 million a layer."""
     generator = torch.Generator().manual_seed(0)
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     tensors = {"model.norm.weight": ones.clone()}
     for name in ("model.embed_tokens", "lm_head"):
-        tensors[f"{name}.weight"] = torch.randn(VOCAB, HIDDEN, generator=generator).bfloat16()
+        tensors[f"{name}.weight"] = torch.randn(vocab, HIDDEN, generator=generator).bfloat16()
     shapes = {f"self_attn.{x}_proj": (HIDDEN, HIDDEN) for x in "qkvo"}
     shapes |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER)}
     for layer in range(num_layers):
@@ -52,7 +59,7 @@ def write_large(folder: Path, writer: Writer, quantization: dict[str, Any] | Non
         "intermediate_size": INNER,
         "num_hidden_layers": num_layers,
         "num_attention_heads": 16,
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "max_position_embeddings": 2048,
         "quantization_config": quantization,
     }

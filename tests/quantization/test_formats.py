@@ -241,16 +241,20 @@ def test_cache_scales_in_a_file_of_their_own(tmp_path: Path) -> None:
 
 def test_formats_serve_experts(tmp_path: Path) -> None:
     """Separate experts in fp8 beside a float router that no list names."""
-    writer = fp8_linear(per_row=True, static=False)
     floats, quantised = tmp_path / "floats", tmp_path / "fp8"
     for folder, keep in ((floats, True), (quantised, False)):
-        model = make_model(family_configs()["mixtral"])
-        save_model(model, folder)
-        edit_tensors(folder, lambda tensors, keep=keep: _experts_as_fp8(tensors, writer, keep_float=keep))
+        experts_in_fp8(folder, keep_float=keep)
     edit_config(quantised, lambda raw: raw.update(quantization_config=fp8_config("dynamic")))
     want = load_harness(floats, weight_quant="wint8", int8_cache=False).prefill(PROMPT, chunk=90)
     got = load_harness(quantised, int8_cache=False).prefill(PROMPT, chunk=90)
     assert torch.equal(got, want)  # both write the same values as int8
+
+
+def experts_in_fp8(folder: Path, *, keep_float: bool) -> None:
+    """A tiny Mixtral whose products but router and head are fp8, or the float numbers that those mean."""
+    save_model(make_model(family_configs()["mixtral"]), folder)
+    writer = fp8_linear(per_row=True, static=False)
+    edit_tensors(folder, lambda tensors: _experts_as_fp8(tensors, writer, keep_float=keep_float))
 
 
 def _experts_as_fp8(tensors: dict[str, Tensor], writer: Writer, *, keep_float: bool) -> None:

@@ -24,7 +24,7 @@ def correlated(rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
 def test_gptq_loses_less_than_nearest_rounding(group_size: int | None, act_order: bool) -> None:
     x, weight = correlated(600, 256), torch.randn(48, 256, generator=torch.Generator().manual_seed(1))
     nearest = round_nearest(weight, group_size=group_size)
-    made = round_gptq(weight, x.T @ x, group_size=group_size, act_order=act_order)
+    made = round_gptq(weight, x.T @ x, group_size=group_size, act_order=act_order).chosen
     lost = [float((x @ (weight - dequantize(one)).T).square().sum()) for one in (nearest, made)]
     assert lost[1] < 0.5 * lost[0]
     torch.testing.assert_close(made.scale, nearest.scale, rtol=0, atol=0)
@@ -33,13 +33,16 @@ def test_gptq_loses_less_than_nearest_rounding(group_size: int | None, act_order
 def test_gptq_is_never_worse_in_any_row() -> None:
     x, weight = correlated(40, 64, seed=3), torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
     hessian = x.T @ x
-    made, nearest = (row_errors(weight, one, hessian) for one in (round_gptq(weight, hessian), round_nearest(weight)))
+    found = round_gptq(weight, hessian)
+    made, nearest = (row_errors(weight, one, hessian) for one in (found.chosen, round_nearest(weight)))
     assert bool((made <= nearest).all())
+    assert torch.equal(found.errors, made)
+    assert torch.equal(found.nearest_errors, nearest)
 
 
 def test_gptq_without_inputs_rounds_to_nearest() -> None:
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(round_gptq(weight, torch.zeros(16, 16)).q, round_nearest(weight).q)
+    assert torch.equal(round_gptq(weight, torch.zeros(16, 16)).chosen.q, round_nearest(weight).q)
 
 
 def test_nearest_rounding_is_within_half_a_step() -> None:

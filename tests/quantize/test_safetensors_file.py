@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from octavo.quantization.safetensors_file import Entry, list_entries, read_tensor, write_safetensors
+from octavo.quantization.safetensors_file import Entry, copy_safetensors, list_entries, write_safetensors
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -42,7 +42,27 @@ def test_the_file_is_the_librarys(tmp_path: Path) -> None:
     assert {(one.name, one.dtype, one.shape) for one in list_entries(tmp_path / "theirs")} == {
         (one.name, one.dtype, one.shape) for one in entries(tensors)
     }
-    assert torch.equal(read_tensor(tmp_path / "mine", "words"), tensors["words"])
+
+
+def test_copied_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in some_tensors().items()}
+    homes = {name: tmp_path / f"from-{index % 2}" for index, name in enumerate(tensors)}
+    for path in set(homes.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if homes[name] == path}, path)
+    wanted = [one for one in entries(tensors) if one.name != "half"]
+    copy_safetensors(tmp_path / "copy", wanted, homes)
+    found = load_file(tmp_path / "copy")
+    assert found.keys() == tensors.keys() - {"half"}
+    for name, tensor in found.items():
+        assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape)
+        assert bytes(tensor.reshape(-1).view(torch.uint8)) == bytes(tensors[name].reshape(-1).view(torch.uint8))
+
+
+def test_a_copy_of_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
+    save_file({"large": torch.zeros(1000)}, tmp_path / "from")
+    (tmp_path / "from").write_bytes((tmp_path / "from").read_bytes()[:-8])
+    with pytest.raises(OSError, match="ends within a tensor"):
+        copy_safetensors(tmp_path / "x", [Entry("large", torch.float32, (1000,))], {"large": tmp_path / "from"})
 
 
 @pytest.mark.parametrize("other", [torch.zeros(2, 2), torch.zeros(3, 5)])

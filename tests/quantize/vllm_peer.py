@@ -14,7 +14,10 @@ from typing import Any
 def answers(folder: str, asked: dict[str, Any]) -> list[dict[str, list[Any]]]:
     """One object a prompt: `tokens`, `log_p`."""
     from vllm import LLM, SamplingParams
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
 
+    # its kernels for AMX take no float32, and write every input per token, whatever the checkpoint says
+    cpu.check_cpu_sgl_kernel = lambda *_: False
     llm = LLM(
         folder,
         dtype="float32",

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from octavo.engine.kv_cache import available_memory, cache_specs, count_blocks
-from octavo.kernels.interface import BLOCK, FLOAT, ActivationFormat, Kernels
+from octavo.engine.load import device_of
+from octavo.kernels.choose import NoSuchKernels, choose
+from octavo.kernels.interface import BLOCK, FLOAT, ActivationFormat, Kernels, multiplies_fp8
 from octavo.kernels.reference.cache import block_bytes
 from octavo.models.config import ModelConfig, load_config
 from octavo.models.loader import LoadOptions, load_decoder
@@ -45,6 +47,7 @@ class WeighingKernels:
 
     name = "none"
     device = torch.device("cpu")
+    multiplies_fp8 = True  # whatever the reader keeps
 
     def pack_int8(
         self,
@@ -54,6 +57,11 @@ class WeighingKernels:
         format: ActivationFormat,
         zero_point: Tensor | None = None,
         bias: Tensor | None = None,
+    ) -> Weighed:
+        return Weighed(weight.shape[1], weight.shape[0], format, weight.numel())
+
+    def pack_fp8(
+        self, weight: Tensor, scale: Tensor, *, format: ActivationFormat, bias: Tensor | None = None
     ) -> Weighed:
         return Weighed(weight.shape[1], weight.shape[0], format, weight.numel())
 
@@ -102,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides["use_cache_kv_int8"] = False
     try:
         found = inspect(Path(arguments.folder), with_overrides(overrides))
-    except (CheckpointError, SettingsError) as error:
+    except (CheckpointError, SettingsError, NoSuchKernels) as error:
         print(json.dumps({"error": str(error)}) if arguments.json else f"octavo: error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(found.to_json(), indent=1) if arguments.json else "\n".join(_lines(found)))
@@ -119,6 +127,7 @@ def inspect(folder: Path, settings: Settings) -> Inspection:
         head_quant=settings.head_quant,
         float_dtype=FLOAT_TYPES.get(settings.dtype),
         measure=True,
+        keep_fp8=_keeps_fp8(settings),
     )
     report = LoadReport()
     decoder = load_decoder(
@@ -133,9 +142,17 @@ def inspect(folder: Path, settings: Settings) -> Inspection:
     return Inspection(config, report, _fit(settings, config, decoder.cache_schemes, num_bytes=report.num_bytes))
 
 
+def _keeps_fp8(settings: Settings) -> bool:
+    """Whether the server would here; processors do not."""
+    device = device_of(settings)
+    if device.type == "cpu":
+        return False
+    return multiplies_fp8(choose(settings.kernels, device=device, num_threads=settings.num_threads))
+
+
 def _fit(settings: Settings, config: ModelConfig, schemes: Sequence[CacheScheme], *, num_bytes: int) -> Fit:
     """What the server would do here if it started now: weights first, then the cache in its share of the rest."""
-    device = torch.device("cuda" if settings.device == "cuda" else "cpu")
+    device = device_of(settings)
     float_type = FLOAT_TYPES[config.dtype if settings.dtype == "auto" else settings.dtype]
     dtype = torch.int8 if settings.use_cache_kv_int8 else float_type
     per_block = sum(block_bytes(spec) for spec in cache_specs(config, schemes, dtype=dtype, device=torch.device("cpu")))

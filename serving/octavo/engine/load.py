@@ -28,7 +28,7 @@ from octavo.engine.kv_cache import (
 )
 from octavo.engine.runner import CpuRunner
 from octavo.kernels.choose import choose
-from octavo.kernels.interface import BLOCK, CacheSpec, Kernels, LayerCache
+from octavo.kernels.interface import BLOCK, CacheSpec, Kernels, LayerCache, multiplies_fp8
 from octavo.models.config import ModelConfig, load_config
 from octavo.models.decoder import Decoder
 from octavo.models.loader import LoadOptions, Progress, load_decoder
@@ -57,13 +57,14 @@ def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], f
     config = load_config(model_dir, config_path=settings.model_config_path)
     if settings.max_seq_len > config.context_length:
         LOG.warning("MAX_SEQ_LEN=%d lowered to the model's context of %d", settings.max_seq_len, config.context_length)
-    kernels = choose(settings.kernels, device=_device(settings), num_threads=settings.num_threads)
+    kernels = choose(settings.kernels, device=device_of(settings), num_threads=settings.num_threads)
     inputs = ReaderInputs(
         source=TensorSource(model_dir),
         quantization=config.quantization,
         weight_quant=settings.weight_quant,
         head_quant=settings.head_quant,
         float_dtype=FLOAT_TYPES.get(settings.dtype),
+        keep_fp8=multiplies_fp8(kernels),
     )
     longest = longest_sequence(settings, context_length=config.context_length)
     options = LoadOptions(max_positions=longest + 1, int8_cache=settings.use_cache_kv_int8)
@@ -108,7 +109,7 @@ def warm_up(runner: Runner, *, num_tokens: int) -> None:
         runner.collect()
 
 
-def _device(settings: Settings) -> torch.device:
+def device_of(settings: Settings) -> torch.device:
     """`auto` is a card if there is one, unless kernels for processors are asked for by name."""
     if settings.device == "auto" and settings.kernels in ("auto", "gpu") and torch.cuda.is_available():
         return torch.device("cuda")

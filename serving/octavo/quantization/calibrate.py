@@ -68,8 +68,11 @@ def read_text(path: Path, tokenizer: Tokenizer, *, max_tokens: int, flag: str = 
 
 
 def write_own_text(folder: Path, *, num_sequences: int, max_tokens: int, seed: int, progress: bool) -> list[list[int]]:
-    """Text by the model itself: after its first token, and one at random, it goes on as it likes."""
-    with LLM(folder, weight_quant="none", use_cache_kv_int8=False, progress=progress) as llm:
+    """Text by the model itself: after its first token, and one at random, it goes on as it likes.
+
+    The whole model is in memory meanwhile, with weights of 8 bits.
+    """
+    with LLM(folder, weight_quant="wint8", use_cache_kv_int8=False, progress=progress) as llm:
         first = llm.tokenizer.encode("", add_special_tokens=True)
         ordinary = [i for i in range(llm.info.vocab_size) if i not in llm.tokenizer.special_ids]
         rng = random.Random(seed)

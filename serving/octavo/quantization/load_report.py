@@ -129,22 +129,24 @@ class LoadReport:
 
 
 def weight_text(weight: QuantizedTensor | Tensor) -> str:
-    """For people: `int8 per channel`, `int8 groups of 128, zero points`, `bfloat16`, …"""
+    """For people: `int8 per channel`, `int8 groups of 128, zero points`, `fp8 per tensor`, `bfloat16`, …"""
     if not isinstance(weight, QuantizedTensor):
         return str(weight.dtype).removeprefix("torch.")
+    kind = "fp8" if weight.q.is_floating_point() else "int8"
     if weight.group_size is not None:
-        text = f"int8 groups of {weight.group_size}"
+        text = f"{kind} groups of {weight.group_size}"
     else:
-        text = "int8 per tensor" if weight.scale.numel() == 1 else "int8 per channel"
+        text = f"{kind} per tensor" if weight.scale.numel() == 1 else f"{kind} per channel"
     return text if weight.zero_point is None else f"{text}, zero points"
 
 
 def activation_text(scheme: ActivationScheme) -> str:
     if scheme.limbs != 1:
         return {0: "float", 2: "two int8 per token"}[scheme.limbs]
+    kind = "fp8" if scheme.fp8 else "int8"
     if scheme.static_scale is None:
-        return "int8 per token"
-    return "int8 static" if scheme.zero_point == 0 else "int8 static, zero point"
+        return f"{kind} per token"
+    return f"{kind} static" if scheme.zero_point == 0 else f"{kind} static, zero point"
 
 
 def cache_text(scheme: CacheScheme) -> str:

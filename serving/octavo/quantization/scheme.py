@@ -128,9 +128,9 @@ def quantize_rows(
     return QuantizedTensor(q, scales), math.sqrt(lost / total) if total else (0.0 if measure else None)
 
 
-def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a tensor in parts of about four megabytes of float32."""
-    step = max(1, VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
+def row_slices(shape: tuple[int, ...], *, values: int = VALUES_AT_ONCE) -> Iterator[slice]:
+    """The rows of a tensor in parts of about so many values: four megabytes of float32."""
+    step = max(1, values // max(1, math.prod(shape[1:])))
     return (slice(low, low + step) for low in range(0, shape[0], step))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.quantization.gptq import round_nearest
-from octavo.quantization.scheme import dequantize
+from octavo.quantization.scheme import dequantize, row_slices
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the largest value: what a static scale holds
@@ -80,8 +80,9 @@ def search_channels(
             x = round_static(x, largest) if static_inputs else round_activation(x)
         lost = 0.0
         for weight, output in zip(weights, wanted):
-            rounded = dequantize(round_nearest(weight * factors, group_size=group_size))
-            lost += float((x @ rounded.T - output).double().square().sum())
+            for rows in row_slices(tuple(weight.shape)):
+                rounded = dequantize(round_nearest(weight[rows] * factors, group_size=group_size))
+                lost += float((x @ rounded.T - output[:, rows]).double().square().sum())
         return math.sqrt(lost / energy)
 
     shared, counted = _over_groups(maxima, groups), _over_groups(columns, groups)

@@ -6,7 +6,7 @@ runs on `octavo.models`, not on this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octavo.models.config import ModelConfig, MoeConfig
+from octavo.quantization.export.streams import blocks
 
 
 class Hooks:
@@ -37,6 +38,10 @@ class Rows:
 
     def positions(self) -> Tensor:
         return torch.cat([torch.arange(length) for length in self.lengths])
+
+    def blocks(self) -> Iterator[tuple[slice, Rows]]:
+        """Whole sequences, as many as go through a layer at once, and which rows they are."""
+        return ((part, Rows(lengths, self.cos_sin)) for part, lengths in blocks(self.lengths))
 
 
 def run_layer(

@@ -35,6 +35,11 @@ class Options:
         """What an unfinished run leaves for the next one."""
         return self.out.with_name(self.out.name + ".partial")
 
+    @property
+    def compares_caches(self) -> bool:
+        """Whether what is written is measured with a float cache too."""
+        return self.ablation and self.scheme.eight_bit_cache
+
     def variants(self) -> list[Ingredients]:
         """What is made and measured side by side; the last one is what is written."""
         wanted = [("smoothing", self.smoothing), ("gptq", self.gptq)]

@@ -12,7 +12,7 @@ from octavo.models.config import ModelConfig
 from octavo.quantization.export.layer_weights import FLOAT_ROLES, Product, Weights
 from octavo.quantization.export.scheme_names import Scheme
 from octavo.quantization.export.statistics import InputStatistics, Recorder, Rounding
-from octavo.quantization.gptq import round_gptq, round_nearest, row_errors
+from octavo.quantization.gptq import round_gptq, round_nearest, row_energies, row_errors
 from octavo.quantization.scheme import QuantizedTensor, dequantize
 from octavo.quantization.smooth import Smoothing, key_scale, search_channels, search_clip, search_keys, static_scale
 
@@ -55,7 +55,7 @@ def make_layer(
     float_units: Container[str] = (),
 ) -> MadeLayer:
     """Quantise a layer whose inputs were recorded. The statistics in `seen` are changed along with the weights."""
-    changed = {name: tensor.clone() for name, tensor in weights.items()}
+    changed = dict(weights)  # tensors are replaced, never written into
     made = MadeLayer(changed, {}, Rounding(scheme.eight_bit_inputs, float_units))
     if ingredients.keys and scheme.eight_bit_cache:
         made.strengths["keys"] = _smooth_keys(changed, seen, config, per_head=ingredients.cache_per_head)
@@ -78,16 +78,27 @@ def make_layer(
 def _round(made: MadeLayer, product: Product, seen: Recorder, *, scheme: Scheme, ingredients: Ingredients) -> None:
     name = f"{product.role}.weight"
     weight, inputs = made.weights[name], seen.sites.get(product.site)
-    nearest = chosen = round_nearest(weight, group_size=scheme.group_size)
-    if inputs is not None:  # None: an expert that no calibration token reached
-        if ingredients.gptq:
-            chosen = round_gptq(weight, inputs.hessian, group_size=scheme.group_size, act_order=ingredients.act_order)
-        energy = float(((weight @ inputs.hessian) * weight).double().sum()) or 1.0
-        errors = [float(row_errors(weight, one, inputs.hessian).sum()) for one in (nearest, chosen)]
-        before, after = ((max(error, 0.0) / energy) ** 0.5 for error in errors)
+    if inputs is None:  # an expert that no calibration token reached
+        chosen = round_nearest(weight, group_size=scheme.group_size)
+    else:
+        chosen, errors = _rounded(weight, inputs.hessian, scheme=scheme, ingredients=ingredients)
+        energy = float(row_energies(weight, inputs.hessian).sum()) or 1.0
+        before, after = ((max(float(error.sum()), 0.0) / energy) ** 0.5 for error in errors)
         made.product_errors[product.role] = (before, after)
     made.quantized[product.role] = chosen
     made.weights[name] = dequantize(chosen)
+
+
+def _rounded(
+    weight: Tensor, hessian: Tensor, *, scheme: Scheme, ingredients: Ingredients
+) -> tuple[QuantizedTensor, tuple[Tensor, Tensor]]:
+    """The levels, and the errors of each row by nearest rounding and by these."""
+    if ingredients.gptq:
+        found = round_gptq(weight, hessian, group_size=scheme.group_size, act_order=ingredients.act_order)
+        return found.chosen, (found.nearest_errors, found.errors)
+    nearest = round_nearest(weight, group_size=scheme.group_size)
+    errors = row_errors(weight, nearest, hessian)
+    return nearest, (errors, errors)
 
 
 def _set_input_scales(
@@ -124,8 +135,6 @@ def _input_scale(
 
 def _smooth_keys(weights: Weights, seen: Recorder, config: ModelConfig, *, per_head: bool) -> float:
     """Divide k and multiply q per rotary pair, in their weights and biases or in their norms."""
-    assert seen.q is not None
-    assert seen.k is not None
     assert seen.k_maxima is not None
     in_norms = "k_norm" in weights
     grouped = seen.q.unflatten(1, (config.num_kv_heads, -1))  # [m, kv_heads, group, D]
@@ -173,7 +182,8 @@ def _smooth(
             found = _search(weights, [product.role], seen, product.site, scheme=scheme)
             made.strengths.setdefault("down", found.strength)
             _scale_rows(weights, product.role.removesuffix("down") + "up", 1 / found.factors)
-            weights[f"{product.role}.weight"] *= found.factors
+            name = f"{product.role}.weight"
+            weights[name] = weights[name] * found.factors
             _rescale(seen, [product.site], found.factors)
 
 
@@ -237,8 +247,4 @@ def _rescale(seen: Recorder, sites: list[str], factors: Tensor) -> None:
     """Statistics of inputs that are now divided by `factors`."""
     for site in dict.fromkeys(sites):
         if site in seen.sites:
-            inputs = seen.sites[site]
-            inputs.maxima = inputs.maxima / factors
-            inputs.sample = inputs.sample / factors
-            inputs.extremes = inputs.extremes / factors
-            inputs.hessian = inputs.hessian / (factors[:, None] * factors[None, :])
+            seen.sites[site].divide(factors)

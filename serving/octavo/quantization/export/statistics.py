@@ -15,43 +15,101 @@ from octavo.quantization.export.layer_forward import Hooks
 from octavo.quantization.smooth import round_activation, round_static
 
 EXTREME_ROWS = 8
-SAMPLE_ROWS = 384  # of an input kept for searches
+SAMPLE_ROWS = 512  # at most, of an input kept for searches
 SAMPLE_KEYS = 256
 
 
-@dataclass
+class Sample:
+    """Rows evenly spread over all that were seen: between half of `most` and `most` of them, as soon as there are."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._stride = 1
+        self._num_seen = 0
+        self._parts: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """[m, …] more rows."""
+        self._parts.append(x[-self._num_seen % self._stride :: self._stride].clone())
+        self._num_seen += x.shape[0]
+        while sum(part.shape[0] for part in self._parts) > self._most:
+            self._parts = [torch.cat(self._parts)[::2].clone()]
+            self._stride *= 2
+
+    def rows(self) -> Tensor:
+        self._parts = [torch.cat(self._parts)]
+        return self._parts[0]
+
+
 class InputStatistics:
-    """One site's input."""
+    """One site's input, which comes in blocks of rows."""
 
-    maxima: Tensor  # [K]
-    sample: Tensor  # [m, K]
-    hessian: Tensor  # [K, K] Σ xᵀx
-    extremes: Tensor  # [e, K] the rows with the largest values, rarest but what a static scale must hold or cut
-    num_rows: int
+    def __init__(self, width: int) -> None:
+        self.maxima = torch.zeros(width)  # [K]
+        self.hessian = torch.zeros((width, width))  # [K, K] Σ xᵀx
+        self.extremes = torch.zeros((0, width))  # [e, K] rows with the largest values, rare, but to be held or cut
+        self.num_rows = 0
+        self._sample = Sample(SAMPLE_ROWS)
+
+    @property
+    def sample(self) -> Tensor:
+        """[m, K]."""
+        return self._sample.rows()
+
+    def add(self, x: Tensor) -> None:
+        """[m, K] more rows."""
+        self.maxima = torch.maximum(self.maxima, x.abs().amax(dim=0))
+        self.hessian.addmm_(x.T, x)
+        candidates = torch.cat((self.extremes, x))
+        largest = candidates.abs().amax(dim=1).topk(min(EXTREME_ROWS, candidates.shape[0])).indices
+        self.extremes = candidates[largest]
+        self.num_rows += x.shape[0]
+        self._sample.add(x)
+
+    def divide(self, factors: Tensor) -> None:
+        """The inputs are divided by `factors` [K] from now on."""
+        self.maxima = self.maxima / factors
+        self.extremes = self.extremes / factors
+        self.sample.div_(factors)
+        self.hessian.div_(factors[:, None]).div_(factors)
 
 
-@dataclass
 class Recorder(Hooks):
-    """Collects; changes nothing."""
+    """Collects over the blocks of a layer's inputs; changes nothing."""
 
-    rotary_dim: int
-    sites: dict[str, InputStatistics] = field(default_factory=dict)
-    q: Tensor | None = None  # [m, heads, D] sample
-    k: Tensor | None = None  # [m, kv_heads, D]
-    k_maxima: Tensor | None = None  # [kv_heads, D]; of a rotary pair its length, which no position changes
-    v_maxima: Tensor | None = None  # [kv_heads, D]
+    def __init__(self, rotary_dim: int) -> None:
+        self.sites: dict[str, InputStatistics] = {}
+        self.k_maxima: Tensor | None = None  # [kv_heads, D]; of a rotary pair its length, which no position changes
+        self.v_maxima: Tensor | None = None  # [kv_heads, D]
+        self._rotary_dim = rotary_dim
+        self._queries, self._keys = Sample(SAMPLE_KEYS), Sample(SAMPLE_KEYS)
+
+    @property
+    def q(self) -> Tensor:
+        """[m, heads, D]."""
+        return self._queries.rows()
+
+    @property
+    def k(self) -> Tensor:
+        """[m, kv_heads, D], at the positions of `q`."""
+        return self._keys.rows()
 
     def input(self, site: str, x: Tensor) -> Tensor:
-        largest = x.abs().amax(dim=1).topk(min(EXTREME_ROWS, x.shape[0])).indices
-        maxima, sample = x.abs().amax(dim=0), _sample(x, SAMPLE_ROWS)
-        self.sites[site] = InputStatistics(maxima, sample, x.T @ x, x[largest], x.shape[0])
+        if site not in self.sites:
+            self.sites[site] = InputStatistics(x.shape[1])
+        self.sites[site].add(x)
         return x
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.q, self.k = _sample(q, SAMPLE_KEYS), _sample(k, SAMPLE_KEYS)
-        self.k_maxima = pair_lengths(k, rotary_dim=self.rotary_dim).amax(dim=0)
-        self.v_maxima = v.abs().amax(dim=0)
+        self._queries.add(q)
+        self._keys.add(k)
+        self.k_maxima = _larger(self.k_maxima, pair_lengths(k, rotary_dim=self._rotary_dim).amax(dim=0))
+        self.v_maxima = _larger(self.v_maxima, v.abs().amax(dim=0))
         return k, v
+
+
+def _larger(known: Tensor | None, found: Tensor) -> Tensor:
+    return found if known is None else torch.maximum(known, found)
 
 
 @dataclass
@@ -85,10 +143,3 @@ def pair_lengths(k: Tensor, *, rotary_dim: int) -> Tensor:
     half = rotary_dim // 2
     length = torch.hypot(k[..., :half], k[..., half:rotary_dim])
     return torch.cat((length, length, k[..., rotary_dim:].abs()), dim=-1)
-
-
-def _sample(x: Tensor, count: int) -> Tensor:
-    """`count` rows, evenly spread."""
-    if x.shape[0] <= count:
-        return x.clone()
-    return x[torch.linspace(0, x.shape[0] - 1, count).long()]

@@ -1,16 +1,16 @@
 """`quantize`: one walk through the layers makes the checkpoint and measures it.
 
 Several streams of activations go through each layer: the float model's, and one for every variant of the recipe that
-is compared. A layer and its streams are in memory, nothing else. After each layer the state is on disk, so a killed
-run goes on where it was.
+is compared. They are files: a layer and a block of rows are in memory, nothing else. Embedding and head go by in parts.
+After each layer the state is on disk, so a killed run goes on where it was.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,41 +19,28 @@ from octavo.models.config import ModelConfig, load_config
 from octavo.models.rope import cos_sin_table
 from octavo.quantization.calibrate import CalibrationText
 from octavo.quantization.errors import CheckpointError
-from octavo.quantization.export.evaluation import Head, Measured, measure
-from octavo.quantization.export.folder import copy_companions, copy_tensors, write_config, write_shards
+from octavo.quantization.export.finish import FLOAT, FLOAT_CACHE, Finish, Outcome
 from octavo.quantization.export.layer_forward import Hooks, Rows, run_layer
 from octavo.quantization.export.layer_weights import (
     Product,
+    Weights,
     check_names,
     expand,
     layer_products,
-    read_float,
     read_layer,
     write_layer,
 )
 from octavo.quantization.export.options import Options
-from octavo.quantization.export.recipe import MadeLayer, make_layer
-from octavo.quantization.export.report import write_report
-from octavo.quantization.export.scheme_names import quantization_config
+from octavo.quantization.export.recipe import Ingredients, MadeLayer, make_layer
 from octavo.quantization.export.sensitivity import choose_float, unit_errors
 from octavo.quantization.export.state import State, fingerprint
 from octavo.quantization.export.statistics import Recorder
-from octavo.quantization.files import read_json
+from octavo.quantization.export.streams import BLOCK_ROWS, Stream
 from octavo.quantization.formats.source import TensorSource
 
-FLOAT = "float"
-FLOAT_CACHE = "float cache"  # what is written, but with its cache in float
+EMBEDDED = "embedded"  # before the first layer all streams are the same
 SENSITIVITY_ROWS = 4096  # tokens on which units are compared
 Progress = Callable[[str, float], None]  # stage, fraction from 0 to 1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the checkpoint lost."""
-
-    exact: Measured
-    variants: dict[str, Measured]  # the last one was written
-    float_cache: Measured | None = None  # what was written, but with its cache in float
 
 
 def check(options: Options) -> ModelConfig:
@@ -114,37 +101,46 @@ class _Sweep:
         if self._state.float_units is None:
             self._state.float_units = self._choose_float()
             self._state.save_notes()
-        streams = self._state.streams() or self._first_streams()
+        if self._state.next_layer == 0:
+            self._before(EMBEDDED).write(self._embedded([*self._text.calibration, *self._text.held_out]))
         while self._state.next_layer < self._config.num_layers:
             index = self._state.next_layer
             self._progress(f"layer {index + 1} of {self._config.num_layers}", index / self._config.num_layers)
-            tensors, streams, notes = self._layer(index, streams)
-            self._state.finish_layer(tensors, streams, notes)
+            tensors, notes = self._layer(index)
+            self._state.finish_layer(tensors, self._names, notes)
         self._progress("measuring", 1.0)
-        outcome = self._measure(streams)
-        self._write(outcome)
-        return outcome
+        return Finish(self._options, self._config, self._text, self._source, self._state).run()
 
     # ---- streams
 
-    def _embed(self, sequences: list[list[int]]) -> Tensor:
-        config = self._config
-        table = self._source.take(config.family.embedding, shape=(config.vocab_size, config.hidden_size))
-        x = table[torch.tensor([token for ids in sequences for token in ids])].float()  # [M, H]
-        if not bool(torch.isfinite(x).all()):
-            raise CheckpointError(f"{config.family.embedding}: has values that are not finite")
-        return x
-
-    def _first_streams(self) -> dict[str, Tensor]:
-        x = self._embed([*self._text.calibration, *self._text.held_out])
-        held_out = [FLOAT, FLOAT_CACHE] if self._compares_caches else [FLOAT]
-        streams = {one.name: x for one in self._options.variants()}
-        streams.update({name: x[self._num_calibration :] for name in held_out})
-        return {name: stream.clone() for name, stream in streams.items()}
-
     @property
-    def _compares_caches(self) -> bool:
-        return self._options.ablation and self._options.scheme.eight_bit_cache
+    def _names(self) -> list[str]:
+        held_out = [FLOAT, FLOAT_CACHE] if self._options.compares_caches else [FLOAT]
+        return [*held_out, *(one.name for one in self._options.variants())]
+
+    def _before(self, name: str) -> Stream:
+        """What goes into the next layer: of held-out text, and of a variant that of calibration text before it."""
+        state, width = self._state, self._config.hidden_size
+        if state.next_layer or name == EMBEDDED:
+            return state.stream(name, width=width)
+        shared = state.stream(EMBEDDED, width=width)
+        return shared.after(self._num_calibration) if name in (FLOAT, FLOAT_CACHE) else shared
+
+    def _behind(self, name: str) -> Stream:
+        return self._state.stream(name, width=self._config.hidden_size, layer=self._state.next_layer + 1)
+
+    def _embedded(self, sequences: list[list[int]]) -> Iterator[Tensor]:
+        """[m, H] of the sequences' tokens, a block after the other."""
+        config = self._config
+        ids = torch.tensor([token for sequence in sequences for token in sequence])
+        for part in ids.split(BLOCK_ROWS):
+            table = self._source.take(config.family.embedding, shape=(config.vocab_size, config.hidden_size))
+            x = table[part].float()
+            del table
+            self._source.release()
+            if not bool(torch.isfinite(x).all()):
+                raise CheckpointError(f"{config.family.embedding}: has values that are not finite")
+            yield x
 
     def _choose_float(self) -> dict[str, list[str]]:
         """A walk of its own: which units stay float must be known before the first is rounded."""
@@ -154,7 +150,7 @@ class _Sweep:
         for ids in self._text.calibration:
             if not sequences or sum(map(len, sequences)) + len(ids) <= SENSITIVITY_ROWS:
                 sequences.append(ids)
-        x, errors = self._embed(sequences), []
+        x, errors = torch.cat(list(self._embedded(sequences))), []
         rows = Rows([len(ids) for ids in sequences], self._rows.cos_sin)
         for index in range(self._config.num_layers):
             self._progress("sensitivity", index / self._config.num_layers)
@@ -170,43 +166,62 @@ class _Sweep:
     def _products(self, index: int) -> list[Product]:
         return expand(layer_products(self._config, index), self._config)
 
-    def _float_units(self, index: int) -> list[str]:
-        return (self._state.float_units or {}).get(str(index), [])
-
-    def _layer(
-        self, index: int, streams: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, object]]:
-        """The layer's tensors, the streams behind it and what was measured."""
+    def _layer(self, index: int) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """The layer's tensors, and what was measured. The streams behind it are written."""
         weights = read_layer(self._source, self._config, index)
-        behind = {FLOAT: self._through(index, weights, streams[FLOAT], self._held_out, Hooks())}
-        for one in self._options.variants():
-            seen = Recorder(self._config.rope.rotary_dim)
-            self._through(index, weights, streams[one.name][: self._num_calibration], self._calibration, seen)
-            made = make_layer(
-                weights,
-                self._products(index),
-                seen,
-                config=self._config,
-                scheme=self._options.scheme,
-                ingredients=one,
-                float_units=self._float_units(index),
-            )
-            behind[one.name] = self._through(index, made.weights, streams[one.name], self._rows, made.rounding)
-        alone = self._through(index, made.weights, streams[FLOAT], self._held_out, made.rounding)
-        if self._compares_caches:
+        self._pass(index, weights, FLOAT, self._held_out, Hooks())
+        *others, last = self._options.variants()
+        for one in others:
+            self._variant(index, weights, one)
+        made = self._variant(index, weights, last)
+        del weights
+        if self._options.compares_caches:
             rounding = replace(made.rounding, k_scale=None, v_scale=None)
-            behind[FLOAT_CACHE] = self._through(index, made.weights, streams[FLOAT_CACHE], self._held_out, rounding)
+            self._pass(index, made.weights, FLOAT_CACHE, self._held_out, rounding)
+        alone = self._through(index, made.weights, self._before(FLOAT), self._held_out, made.rounding)
+        behind = self._behind(last.name).after(self._num_calibration)
         notes = {
-            "alone": _relative(alone, behind[FLOAT]),
-            "accumulated": _relative(behind[one.name][self._num_calibration :], behind[FLOAT]),
+            "alone": self._error(alone),
+            "accumulated": self._error(behind.read(part) for part, _ in self._held_out.blocks()),
             "strengths": made.strengths,
             "products": made.product_errors,
             "clips": made.clips,
         }
-        return self._tensors(index, made), behind, notes
+        return self._tensors(index, made), notes
 
-    def _through(self, index: int, weights: dict[str, Tensor], x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
-        return run_layer(weights, x, rows, config=self._config, index=index, hooks=hooks)
+    def _variant(self, index: int, weights: Weights, ingredients: Ingredients) -> MadeLayer:
+        """Make the layer in one way and pass its stream through it."""
+        seen = Recorder(self._config.rope.rotary_dim)
+        for _ in self._through(index, weights, self._before(ingredients.name), self._calibration, seen):
+            pass
+        made = make_layer(
+            weights,
+            self._products(index),
+            seen,
+            config=self._config,
+            scheme=self._options.scheme,
+            ingredients=ingredients,
+            float_units=self._state.kept_float(index),
+        )
+        del seen
+        self._pass(index, made.weights, ingredients.name, self._rows, made.rounding)
+        return made
+
+    def _pass(self, index: int, weights: Weights, name: str, rows: Rows, hooks: Hooks) -> None:
+        self._behind(name).write(self._through(index, weights, self._before(name), rows, hooks))
+
+    def _through(self, index: int, weights: Weights, stream: Stream, rows: Rows, hooks: Hooks) -> Iterator[Tensor]:
+        for part, block in rows.blocks():
+            yield run_layer(weights, stream.read(part), block, config=self._config, index=index, hooks=hooks)
+
+    def _error(self, made: Iterable[Tensor]) -> float:
+        """Of blocks behind the layer, relative to the float model's."""
+        lost = total = 0.0
+        for (part, _), rows in zip(self._held_out.blocks(), made):
+            exact = self._behind(FLOAT).read(part)
+            lost += float((rows - exact).double().square().sum())
+            total += float(exact.double().square().sum())
+        return math.sqrt(lost / max(total, 1e-60))
 
     def _tensors(self, index: int, made: MadeLayer) -> dict[str, Tensor]:
         config = self._config
@@ -225,78 +240,3 @@ class _Sweep:
             if scale is not None:
                 tensors[f"{attention}.{kind}_scale"] = scale if scale.numel() == 1 else scale.view(-1, 1, 1)
         return tensors
-
-    # ---- the end
-
-    def _measure(self, streams: dict[str, Tensor]) -> Outcome:
-        config = self._config
-        name = config.family.embedding if config.tie_word_embeddings else f"{config.family.head}.weight"
-        weight = self._source.take(name, shape=(config.vocab_size, config.hidden_size))
-        norm = read_float(self._source, config.family.norm, (config.hidden_size,))
-        head = Head(norm, config.rms_norm_eps, weight)
-        exact = streams[FLOAT]
-        made = {
-            one.name: measure(head, exact, streams[one.name][self._num_calibration :], self._text.held_out)
-            for one in self._options.variants()
-        }
-        float_cache = None
-        if self._compares_caches:
-            float_cache = measure(head, exact, streams[FLOAT_CACHE], self._text.held_out)
-        return Outcome(measure(head, exact, exact, self._text.held_out), made, float_cache)
-
-    def _write(self, outcome: Outcome) -> None:
-        """Put the folder together in the state's, then move it to its place."""
-        options, config = self._options, self._config
-        fresh = options.state / "out"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        names = [config.family.embedding, config.family.norm, f"{config.family.head}.weight"]
-        if config.tie_word_embeddings:
-            names.pop()
-        ends = options.state / "ends.safetensors"
-        copy_tensors(self._source, names, ends)
-        self._source.release()
-        layers = [self._state.layer_file(index) for index in range(config.num_layers)]
-        write_shards(fresh, [ends, *layers], max_bytes=options.max_shard_bytes)
-        entry = quantization_config(options.scheme, ignore=self._ignored(), cache_per_head=options.cache_per_head)
-        write_config(fresh, dict(read_json(options.model / "config.json", name="config.json")), entry)
-        copy_companions(options.model, fresh)
-        self._report(fresh, outcome)
-        if options.out.is_dir():
-            options.out.rmdir()
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        fresh.rename(options.out)
-
-    def _report(self, folder: Path, outcome: Outcome) -> None:
-        text = self._text
-        about = {
-            "model": self._options.model.resolve().name,
-            "architecture": self._config.architecture,
-            "scheme": self._options.scheme.name,
-            "calibration_sequences": len(text.calibration),
-            "calibration_tokens": self._num_calibration,
-            "held_out_sequences": len(text.held_out),
-            "held_out_tokens": sum(map(len, text.held_out)),
-        }
-        write_report(
-            folder,
-            about=about,
-            exact=outcome.exact,
-            variants=outcome.variants,
-            float_cache=outcome.float_cache,
-            layers=self._state.layers,
-            float_units=self._state.float_units or {},
-        )
-
-    def _ignored(self) -> list[str]:
-        """Linears that are not quantised, by name."""
-        names = [self._config.family.head]
-        for index in range(self._config.num_layers):
-            kept = self._float_units(index)
-            products = layer_products(self._config, index)
-            names += [one.name for one in products if one.unit == FLOAT or one.unit in kept]
-        return names
-
-
-def _relative(made: Tensor, exact: Tensor) -> float:
-    return float((made - exact).norm() / exact.norm().clamp_min(1e-30))

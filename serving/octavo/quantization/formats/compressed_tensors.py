@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.quantization.errors import CheckpointError
 from octavo.quantization.formats.cache_scales import pass_over_cache_scales, read_cache_scales
 from octavo.quantization.formats.compressed_args import Args, SchemeGroup, parse_groups
-from octavo.quantization.formats.fp8_weights import CACHE_UNUSED, fp8_linear
+from octavo.quantization.formats.fp8_weights import CACHE_UNUSED, fp8_linear, fp8_scheme
 from octavo.quantization.formats.packed_words import unpack
 from octavo.quantization.formats.reader import (
     AttentionShape,
@@ -44,15 +44,17 @@ class CompressedTensorsReader:
 
     @property
     def weight_scheme(self) -> str:
-        return "/".join(sorted({_scheme_name(group) for group in self._groups})) or "float"
+        return "/".join(sorted({self._scheme_name(group) for group in self._groups})) or "float"
 
     def linear(self, name: str, *, shape: tuple[int, int], bias: bool, keep_float: bool = False) -> LinearWeights:
         group = self._group_of(name)
         if group is None:
             return float_linear(self._inputs, name, shape=shape, bias=bias)
         if group.weights.kind == "float":
-            static = group.activations is not None and not group.activations.dynamic
-            return fp8_linear(self._inputs, name, shape=shape, bias=bias, static=static)
+            args = group.activations
+            static = args is not None and not args.dynamic
+            eight = args is not None
+            return fp8_linear(self._inputs, name, shape=shape, bias=bias, static=static, activations=eight)
         read = _read_packed if group.packed else _read_int8
         weight = read(self._inputs, name, shape=shape, args=group.weights)
         bias_values = bias_tensor(self._inputs, name, size=shape[0], present=bias)
@@ -64,6 +66,11 @@ class CompressedTensorsReader:
         if self._static_cache is None:  # scales of another number type
             return pass_over_cache_scales(self._inputs.source, attention, note=CACHE_UNUSED)
         return CacheScheme()
+
+    def _scheme_name(self, group: SchemeGroup) -> str:
+        if group.weights.kind == "float":
+            return fp8_scheme(self._inputs, activations=group.activations is not None)
+        return f"w8a{8 if group.activations else 16}"
 
     def _group_of(self, name: str) -> SchemeGroup | None:
         if any(_matches(pattern, name) for pattern in self._ignore):
@@ -141,12 +148,6 @@ def _int8_values(stored: Tensor, name: str, *, like: Tensor) -> Tensor:
     if bool((wide < -128).any()) or bool((wide > 127).any()):
         raise CheckpointError(f"{name}: zero points must be in [-128, 127]")
     return wide.to(torch.int8)
-
-
-def _scheme_name(group: SchemeGroup) -> str:
-    if group.weights.kind == "float":
-        return "w8a16 from fp8"
-    return f"w8a{8 if group.activations else 16}"
 
 
 def _static_cache(scheme: object) -> bool | None:

@@ -1,6 +1,7 @@
 """Checkpoints of `quant_method: fp8` (AngelSlim, AutoFP8, vLLM's own): e4m3 weights, static or dynamic activations.
 
-Fp8 input and cache scales are no int8 scales: they are checked and then not used.
+Input scales count where the device multiplies fp8. They and cache scales are no int8 scales: elsewhere they are checked
+and then not used.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from octavo.quantization.errors import CheckpointError
 from octavo.quantization.files import QUANTIZE_AGAIN
 from octavo.quantization.formats.cache_scales import pass_over_cache_scales
-from octavo.quantization.formats.fp8_weights import CACHE_UNUSED, fp8_linear
+from octavo.quantization.formats.fp8_weights import CACHE_UNUSED, fp8_linear, fp8_scheme
 from octavo.quantization.formats.reader import (
     FLOAT_DTYPES,
     AttentionShape,
@@ -26,8 +27,6 @@ BLOCKS = f"fp8 weights with a scale per block (weight_scale_inv) are not support
 class Fp8Reader:
     """Reads by the stored type and the list of ignored modules. Raises CheckpointError for what is not served."""
 
-    weight_scheme = "w8a16 from fp8"
-
     def __init__(self, inputs: ReaderInputs) -> None:
         config = inputs.quantization or {}
         activations = config.get("activation_scheme", "dynamic")
@@ -38,6 +37,10 @@ class Fp8Reader:
         self._inputs = inputs
         self._static = activations == "static"
         self._ignored = [target for key in IGNORE_KEYS for target in texts(config.get(key), key)]
+
+    @property
+    def weight_scheme(self) -> str:
+        return fp8_scheme(self._inputs)
 
     def linear(self, name: str, *, shape: tuple[int, int], bias: bool, keep_float: bool = False) -> LinearWeights:
         source = self._inputs.source

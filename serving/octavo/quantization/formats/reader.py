@@ -37,6 +37,7 @@ class ReaderInputs:
     float_dtype: torch.dtype | None = None  # None: keep the checkpoint's
     measure: bool = False  # the loss of float weights too: slower
     head_quant: str = "none"  # none, wint8, a8w8: for a float head
+    keep_fp8: bool = False  # the device multiplies fp8: weights of it stay as they are
 
 
 @dataclass(frozen=True)

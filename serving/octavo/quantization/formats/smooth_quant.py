@@ -10,7 +10,7 @@ import torch
 
 from octavo.quantization.errors import CheckpointError
 from octavo.quantization.formats.cache_scales import read_cache_scales
-from octavo.quantization.formats.fp8_weights import fp8_linear
+from octavo.quantization.formats.fp8_weights import fp8_linear, fp8_scheme
 from octavo.quantization.formats.reader import (
     FLOAT_DTYPES,
     AttentionShape,
@@ -26,7 +26,7 @@ DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "fp8": torch
 
 
 class SmoothQuantReader:
-    """weight i8 [N, K] with scale f32 [N, 1]; or the same in fp8, converted. Raises CheckpointError."""
+    """weight i8 [N, K] with scale f32 [N, 1]; or the same in fp8. Raises CheckpointError."""
 
     def __init__(self, inputs: ReaderInputs) -> None:
         dtype = (inputs.quantization or {}).get("quant_dtype", "int8")
@@ -37,7 +37,7 @@ class SmoothQuantReader:
 
     @property
     def weight_scheme(self) -> str:
-        return "w8a8" if self._is_int8 else "w8a16 from fp8"
+        return "w8a8" if self._is_int8 else fp8_scheme(self._inputs)
 
     def linear(self, name: str, *, shape: tuple[int, int], bias: bool, keep_float: bool = False) -> LinearWeights:
         source = self._inputs.source
