@@ -56,5 +56,5 @@ class QueueBound:
         if after <= self.max_waiting:
             return True
         clients = len(self._unstarted) + (client not in self._unstarted)
-        share = max(1, self.max_waiting // clients)
+        share = self.max_waiting // clients  # none of a queue with less than one place a client
         return clients > 1 and after <= 2 * self.max_waiting and self._unstarted[client] + count <= share
