@@ -16,7 +16,7 @@ from pathlib import Path
 
 from octavo import __version__
 from octavo.cli.findings import Finding, note, ok, wrong
-from octavo.kernels.cpu.build import SOURCES, library_path
+from octavo.kernels.cpu.build import NEEDED_FLAGS, SOURCES, library_path
 from octavo.node.errors import EXIT_BAD_SETTINGS
 from octavo.node.shared_memory import shared_memory_trouble
 
@@ -34,9 +34,6 @@ NEEDED = (
 )
 SHOWN = ("torch", "numpy", "tokenizers", "nvidia-pytriton")
 INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8")
-_AVX2 = {"avx2", "fma", "f16c"}
-_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
-KERNEL_FLAGS = {"amx": {"amx_tile", "amx_int8", *_AVX512}, "avx512": _AVX512, "avx2": _AVX2}  # best first
 SMI = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 CPU_KERNELS = SOURCES.parent
 
@@ -72,7 +69,7 @@ def _processor() -> Iterator[Finding]:
     quota = cpu_quota()
     limit = f", limited to {quota:g} by its control group" if quota is not None else ""
     yield ok(f"CPU: {len(os.sched_getaffinity(0))} cores{limit}; {' '.join(sets) or 'no AVX2'}")
-    wanted = next((variant for variant, needed in KERNEL_FLAGS.items() if flags >= needed), None)
+    wanted = next((variant for variant, needed in NEEDED_FLAGS.items() if flags >= needed), None)
     if wanted is None:
         yield note("CPU kernels: no AVX2 here, so the slow reference kernels run")
     elif library_path(CPU_KERNELS, wanted).is_file():

@@ -15,15 +15,12 @@ from pathlib import Path
 import torch
 
 from octavo.kernels.cpu.backend import CpuKernels
-from octavo.kernels.cpu.build import BuildError, build
+from octavo.kernels.cpu.build import NEEDED_FLAGS, BuildError, build
 from octavo.kernels.interface import LIMB_RANGE, ActivationFormat, Kernels
 from octavo.kernels.reference import ReferenceKernels
 
 log = logging.getLogger(__name__)
 
-_AVX2 = {"avx2", "fma", "f16c"}
-_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", *_AVX2}
-NEEDED_FLAGS = {"amx": {"amx_tile", "amx_int8", *_AVX512}, "avx512": _AVX512, "avx2": _AVX2}  # best first
 EXTREME_ROWS = 40  # of the self-test: enough for every kernel that a number of rows selects
 IN_PLACE = Path(__file__).resolve().parent / "cpu"
 

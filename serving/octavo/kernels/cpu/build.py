@@ -26,6 +26,11 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
 VARIANT_FLAGS = {"avx2": _AVX2, "avx512": (*_AVX2, *_AVX512)}
 
+# What Linux calls the instructions of each variant, best first.
+_AVX2_FLAGS = {"avx2", "fma", "f16c"}
+_AVX512_FLAGS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", *_AVX2_FLAGS}
+NEEDED_FLAGS = {"amx": {"amx_tile", "amx_int8", *_AVX512_FLAGS}, "avx512": _AVX512_FLAGS, "avx2": _AVX2_FLAGS}
+
 
 class BuildError(RuntimeError):
     """The compiler refused; the message holds its first lines."""
