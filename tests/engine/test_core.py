@@ -70,6 +70,22 @@ def test_a_sequence_that_can_never_run_ends_at_once():
     assert "cache" in output.error
 
 
+def test_nobody_waits_whom_no_plan_passed_over():
+    core = make_core(num_blocks=64)
+    slots = core.runner.info.batch_size
+    for seq_id in range(slots + 2):
+        core.add(submit(seq_id, max_tokens=3))
+    assert core.stats().num_waiting == 0
+    core.turn()
+    assert (core.stats().num_running, core.stats().num_waiting) == (slots, 2)
+    core.add(submit(100, max_tokens=3))
+    assert core.stats().num_waiting == 2
+    core.turn()
+    assert core.stats().num_waiting == 3
+    drain(core)
+    assert core.stats().num_waiting == 0
+
+
 def test_an_aborted_sequence_leaves_nothing_behind():
     core = make_core()
     core.add(submit(1, 200, max_tokens=50))

@@ -110,7 +110,7 @@ class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):
 
     steps: int = 0
     num_running: int = 0
-    num_waiting: int = 0
+    num_waiting: int = 0  # passed over by the last plan
     num_free_blocks: int = 0
     num_cached_blocks: int = 0  # free for use but holding a reusable prefix; counted in neither of the other two
     num_used_blocks: int = 0

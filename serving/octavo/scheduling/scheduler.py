@@ -89,6 +89,10 @@ class Scheduler:
         return bool(self._sequences)
 
     @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
