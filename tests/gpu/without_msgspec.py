@@ -37,7 +37,8 @@ class NoWire:
 def stand_in() -> ModuleType:
     """A module with the names that octavo uses."""
     module = ModuleType("msgspec", NO_WIRE)
-    module.__spec__ = ModuleSpec("msgspec", None)
+    module.__spec__ = ModuleSpec("msgspec", None, is_package=True)
+    module.__path__ = []
     parts: dict[str, dict[str, Any]] = {
         "structs": {"replace": dataclasses.replace},
         "msgpack": {"Encoder": NoWire, "Decoder": NoWire},
@@ -54,4 +55,6 @@ def stand_in() -> ModuleType:
 def provide() -> None:
     """Put the stand-in where `import msgspec` finds it, if there is no msgspec."""
     if "msgspec" not in sys.modules and importlib.util.find_spec("msgspec") is None:
-        sys.modules["msgspec"] = stand_in()
+        module = stand_in()
+        parts = {f"msgspec.{name}": part for name, part in vars(module).items() if isinstance(part, ModuleType)}
+        sys.modules |= {"msgspec": module, **parts}  # the parts as well: `from msgspec.structs import replace`
