@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from octavo.engine.core import EngineCore, StepTimes, default_budget, make_scheduler
-from octavo.engine.interface import RunnerError
+from octavo.engine.interface import RunnerError, StepOutOfMemory
 from octavo.protocol.messages import SequenceOutput
 from scheduling.factories import submit, tokens
 from scheduling.fake_runner import FakeRunner, expected, make_info
@@ -119,6 +119,21 @@ def test_a_failed_step_ends_its_sequences_with_an_id_and_the_others_go_on(caplog
     assert "out of luck" in caplog.text
     want, _ = expected(late.prompt_token_ids, late.params)
     assert [token for output in outputs[2] for token in output.token_ids] == want
+
+
+def test_a_step_without_memory_says_what_to_lower_and_the_next_requests_run():
+    def fail_once(plan):
+        if plan.step_id == 1:
+            raise StepOutOfMemory("out of device memory: lower BATCH_SIZE")
+
+    core = make_core(before_step=fail_once)
+    core.add(submit(1, 50, max_tokens=4))
+    outputs = drain(core)
+    assert outputs[1][-1].error == "out of device memory: lower BATCH_SIZE (id abc123)"
+    late = submit(2, 50, max_tokens=4)
+    core.add(late)
+    want, _ = expected(late.prompt_token_ids, late.params)
+    assert [token for output in drain(core)[2] for token in output.token_ids] == want
 
 
 def test_a_plan_that_the_runner_refuses_fails_in_its_turn():

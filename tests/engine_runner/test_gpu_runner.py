@@ -17,7 +17,7 @@ from octavo.engine.core import EngineCore, make_scheduler
 from octavo.engine.decode_graphs import batch_buckets, table_buckets
 from octavo.engine.device_queue import Body, ImmediateQueue
 from octavo.engine.gpu_runner import ADVICE, GpuRunner
-from octavo.engine.interface import DeviceLost, Runner, RunnerError
+from octavo.engine.interface import DeviceLost, Runner, RunnerError, StepOutOfMemory
 from octavo.engine.kv_cache import cache_specs, make_caches
 from octavo.engine.load import load_runner
 from octavo.kernels.interface import Kernels
@@ -189,7 +189,8 @@ def test_a_failed_step_is_one_error_and_the_next_works(
     expected = Driver(plain).run(PROMPT, params(), count=3)
     for error, kind, text in (
         (ValueError("bad"), RunnerError, "bad"),
-        (torch.OutOfMemoryError("2 GiB"), RunnerError, ADVICE),
+        (torch.OutOfMemoryError("2 GiB"), StepOutOfMemory, ADVICE),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), StepOutOfMemory, ADVICE),
         (RuntimeError("CUDA error: an illegal memory access"), DeviceLost, "illegal"),
     ):
         with monkeypatch.context() as patch:

@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from octavo.engine.backend import device_of, kernels_for
 from octavo.engine.kv_cache import available_memory, cache_specs, count_blocks
-from octavo.engine.load import device_of
-from octavo.kernels.choose import NoSuchKernels, choose
+from octavo.kernels.choose import NoSuchKernels
 from octavo.kernels.interface import BLOCK, FLOAT, ActivationFormat, Kernels, multiplies_fp8
 from octavo.kernels.reference.cache import block_bytes
 from octavo.models.config import ModelConfig, load_config
@@ -120,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 def inspect(folder: Path, settings: Settings) -> Inspection:
     """Read the whole model once and measure what writing its weights in 8 bits costs. Raises CheckpointError."""
     config = load_config(folder, config_path=settings.model_config_path)
+    card = _card(settings, config)
     inputs = ReaderInputs(
         source=TensorSource(folder),
         quantization=config.quantization,
@@ -127,9 +128,10 @@ def inspect(folder: Path, settings: Settings) -> Inspection:
         head_quant=settings.head_quant,
         float_dtype=FLOAT_TYPES.get(settings.dtype),
         measure=True,
-        keep_fp8=_keeps_fp8(settings),
+        keep_fp8=card is not None and multiplies_fp8(card),
     )
     report = LoadReport()
+    device = torch.device("cpu") if card is None else card.device
     decoder = load_decoder(
         config,
         inputs,
@@ -139,20 +141,23 @@ def inspect(folder: Path, settings: Settings) -> Inspection:
         progress=lambda stage, fraction: None,
         report=report,
     )
-    return Inspection(config, report, _fit(settings, config, decoder.cache_schemes, num_bytes=report.num_bytes))
+    return Inspection(
+        config, report, _fit(settings, config, decoder.cache_schemes, device=device, num_bytes=report.num_bytes)
+    )
 
 
-def _keeps_fp8(settings: Settings) -> bool:
-    """Whether the server would here; processors do not."""
-    device = device_of(settings)
-    if device.type == "cpu":
-        return False
-    return multiplies_fp8(choose(settings.kernels, device=device, num_threads=settings.num_threads))
+def _card(settings: Settings, config: ModelConfig) -> Kernels | None:
+    """The kernels of the card that the server would use here; None: it would run on the processor."""
+    if device_of(settings).type == "cpu":
+        return None
+    kernels = kernels_for(settings, config)
+    return None if kernels.device.type == "cpu" else kernels
 
 
-def _fit(settings: Settings, config: ModelConfig, schemes: Sequence[CacheScheme], *, num_bytes: int) -> Fit:
+def _fit(
+    settings: Settings, config: ModelConfig, schemes: Sequence[CacheScheme], *, device: torch.device, num_bytes: int
+) -> Fit:
     """What the server would do here if it started now: weights first, then the cache in its share of the rest."""
-    device = device_of(settings)
     float_type = FLOAT_TYPES[config.dtype if settings.dtype == "auto" else settings.dtype]
     dtype = torch.int8 if settings.use_cache_kv_int8 else float_type
     per_block = sum(block_bytes(spec) for spec in cache_specs(config, schemes, dtype=dtype, device=torch.device("cpu")))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from octavo.engine.interface import Runner, RunnerError
+from octavo.engine.interface import Runner, RunnerError, StepOutOfMemory
 from octavo.protocol.messages import EngineInfo, EngineStats, SequenceOutput, Submit
 from octavo.scheduling.block_pool import BlockPool
 from octavo.scheduling.plan import StepPlan
@@ -188,7 +188,8 @@ class EngineCore:
     def _fail(self, plan: StepPlan, error: RunnerError) -> list[SequenceOutput]:
         incident = self.new_incident()
         log.error("step %d failed, id %s", plan.step_id, incident, exc_info=error)
-        return self.scheduler.fail(plan, f"the step failed (id {incident})")
+        reason = str(error) if isinstance(error, StepOutOfMemory) else "the step failed"
+        return self.scheduler.fail(plan, f"{reason} (id {incident})")
 
     def _start_watch(self) -> None:
         """The oldest submitted step starts now."""

@@ -88,6 +88,11 @@ class ImmediateQueue:
         return
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether a device had no memory left: torch has a class for it, the driver and triton-lang only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 class _CudaMark:
     def __init__(self, event: torch.cuda.Event) -> None:
         self._event = event
@@ -128,8 +133,8 @@ class CudaQueue:
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 body()
-        except RuntimeError as error:  # of the driver, which has a class of its own for it
-            if "out of memory" in str(error):
+        except RuntimeError as error:  # ending a recording that found no memory may fail in other words
+            if out_of_memory(error) or out_of_memory(error.__context__):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
         graph.replay()  # recording alone computes nothing

@@ -16,9 +16,9 @@ from typing import TypeVar
 
 import torch
 
-from octavo.engine.device_queue import DeviceQueue
+from octavo.engine.device_queue import DeviceQueue, out_of_memory
 from octavo.engine.gpu_steps import GpuSteps, Queued
-from octavo.engine.interface import DeviceLost
+from octavo.engine.interface import DeviceLost, StepOutOfMemory
 from octavo.engine.plan_queues import PlanQueues
 from octavo.kernels.interface import LayerCache
 from octavo.models.decoder import Decoder
@@ -125,10 +125,10 @@ def attempt(part: Callable[..., Result], *arguments: object) -> Result | Excepti
 def failure(error: Exception) -> Exception:
     """What `collect` makes of an error: advice if memory ran out, DeviceLost if nothing will work any more."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
+    if out_of_memory(error):
         torch.cuda.empty_cache()
-        LOG.error("%s (%s)", ADVICE, str(error).splitlines()[0])
-        return RuntimeError(ADVICE)
+        LOG.error("%s (%s)", ADVICE, text.splitlines()[0])
+        return StepOutOfMemory(ADVICE)
     LOG.error("a step failed", exc_info=error)
     kinds = getattr(torch, "AcceleratorError", ())  # after a failed kernel CUDA refuses everything
     lost = (kinds and isinstance(error, kinds)) or "CUDA error" in text or "Triton Error [CUDA]" in text

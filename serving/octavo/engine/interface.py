@@ -12,6 +12,10 @@ class RunnerError(RuntimeError):
     """A step failed as a whole; the runner stays usable."""
 
 
+class StepOutOfMemory(RunnerError):
+    """A step found no memory on the device; the message says what to lower."""
+
+
 class DeviceLost(Exception):
     """The device refuses all further work of this process. The engine ends with it and is started again."""
 

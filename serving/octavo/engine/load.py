@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
+from octavo.engine.backend import cache_dtype, kernels_for
 from octavo.engine.core import budget_of
-from octavo.engine.device_queue import CudaQueue
+from octavo.engine.device_queue import CudaQueue, out_of_memory
 from octavo.engine.fingerprint import fingerprint
 from octavo.engine.gpu_runner import GpuRunner
-from octavo.engine.interface import Runner
+from octavo.engine.interface import Runner, StepOutOfMemory
 from octavo.engine.kv_cache import (
     available_memory,
     cache_specs,
@@ -27,9 +26,8 @@ from octavo.engine.kv_cache import (
     workspace_bytes,
 )
 from octavo.engine.runner import CpuRunner
-from octavo.kernels.choose import choose
 from octavo.kernels.interface import BLOCK, CacheSpec, Kernels, LayerCache, multiplies_fp8
-from octavo.models.config import ModelConfig, load_config
+from octavo.models.config import load_config
 from octavo.models.decoder import Decoder
 from octavo.models.loader import LoadOptions, Progress, load_decoder
 from octavo.parallel.group import make_group
@@ -50,6 +48,15 @@ def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], f
 
     Raises CheckpointError, SettingsError, ParallelError, NoSuchKernels or OutOfDeviceMemory: one line for the user.
     """
+    try:
+        return _load(settings, progress, clock)
+    except RuntimeError as error:  # wherever memory ran out: the card's first use, weights, cache, recordings, warm-up
+        if isinstance(error, StepOutOfMemory) or out_of_memory(error):
+            raise OutOfDeviceMemory(str(error).splitlines()[0]) from error
+        raise
+
+
+def _load(settings: Settings, progress: Progress, clock: Callable[[], float]) -> Runner:
     started = clock()
     group = make_group(settings.mp_num)
     progress("configuration", 0.0)
@@ -57,7 +64,7 @@ def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], f
     config = load_config(model_dir, config_path=settings.model_config_path)
     if settings.max_seq_len > config.context_length:
         LOG.warning("MAX_SEQ_LEN=%d lowered to the model's context of %d", settings.max_seq_len, config.context_length)
-    kernels = choose(settings.kernels, device=device_of(settings), num_threads=settings.num_threads)
+    kernels = kernels_for(settings, config)
     inputs = ReaderInputs(
         source=TensorSource(model_dir),
         quantization=config.quantization,
@@ -68,10 +75,7 @@ def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], f
     )
     longest = longest_sequence(settings, context_length=config.context_length)
     options = LoadOptions(max_positions=longest + 1, int8_cache=settings.use_cache_kv_int8)
-    try:
-        model = load_decoder(config, inputs, kernels, group, options=options, progress=progress)
-    except torch.OutOfMemoryError as error:
-        raise OutOfDeviceMemory(str(error)) from error
+    model = load_decoder(config, inputs, kernels, group, options=options, progress=progress)
     progress("cache", 0.0)
     runner = _make_runner(settings, model, progress, started=started, clock=clock)
     on_card = model.kernels.device.type == "cuda"
@@ -109,22 +113,9 @@ def warm_up(runner: Runner, *, num_tokens: int) -> None:
         runner.collect()
 
 
-def device_of(settings: Settings) -> torch.device:
-    """`auto` is a card if there is one, unless kernels for processors are asked for by name."""
-    if settings.device == "auto" and settings.kernels in ("auto", "gpu") and torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cuda" if settings.device == "cuda" else "cpu")
-
-
 def _torch_threads(settings: Settings, kernels: Kernels) -> int | None:
     """The reference computes with torch; other backends have their own threads, and torch's would fight for cores."""
     return settings.num_threads if kernels.name == "reference" else 1
-
-
-def _cache_dtype(settings: Settings, config: ModelConfig) -> torch.dtype:
-    if settings.use_cache_kv_int8:
-        return torch.int8
-    return FLOAT_TYPES[config.dtype if settings.dtype == "auto" else settings.dtype]
 
 
 def _make_runner(
@@ -132,10 +123,7 @@ def _make_runner(
 ) -> Runner:
     kernels = model.kernels
     if kernels.device.type == "cuda":
-        try:
-            return _gpu_runner(settings, model, progress, started=started, clock=clock)
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory(str(error)) from error
+        return _gpu_runner(settings, model, progress, started=started, clock=clock)
     caches = _make_caches(settings, model, num_blocks=_count_blocks(settings, model))
     info = _engine_info(settings, model, num_blocks=caches[0].num_blocks, load_seconds=clock() - started)
     return CpuRunner(model, caches, info, torch_threads=_torch_threads(settings, kernels), clock=clock)
@@ -185,7 +173,7 @@ def _count_blocks(settings: Settings, model: Decoder) -> int:
 
 
 def _specs(settings: Settings, model: Decoder) -> list[CacheSpec]:
-    dtype = _cache_dtype(settings, model.config)
+    dtype = cache_dtype(settings, model.config)
     return cache_specs(model.config, model.cache_schemes, dtype=dtype, device=model.kernels.device)
 
 
@@ -214,5 +202,5 @@ def _engine_info(settings: Settings, model: Decoder, *, num_blocks: int, load_se
 
 def _cache_scheme(settings: Settings, model: Decoder) -> str:
     if not settings.use_cache_kv_int8:
-        return str(_cache_dtype(settings, model.config)).removeprefix("torch.")
+        return str(cache_dtype(settings, model.config)).removeprefix("torch.")
     return "int8 static" if model.cache_schemes[0].static else "int8 dynamic"

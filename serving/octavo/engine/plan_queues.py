@@ -27,7 +27,7 @@ class PlanQueues:
     def collect(self) -> StepResult:
         """Wait for the oldest submitted plan. Raises RunnerError if its step failed, DeviceLost if all will."""
         result = self._results.get()
-        if isinstance(result, DeviceLost):
+        if isinstance(result, (DeviceLost, RunnerError)):
             raise result
         if isinstance(result, Exception):
             raise RunnerError(f"{type(result).__name__}: {result}") from result

@@ -305,6 +305,15 @@ class Kernels(Protocol):
 
 
 @runtime_checkable
+class LimitsShapes(Protocol):
+    """A backend that does not serve every shape of attention: asked once, before weights are read."""
+
+    def refuses(self, spec: CacheSpec, *, num_heads: int) -> str:
+        """Why layers with such a cache cannot run, in one sentence; empty if they can."""
+        ...
+
+
+@runtime_checkable
 class MultipliesFp8(Protocol):
     """A backend that may multiply e4m3 as it is."""
 

@@ -54,15 +54,25 @@ class GpuCacheWriter(GpuBase):
 
     def make_cache(self, spec: CacheSpec, num_blocks: int) -> LayerCache:
         """Zeroed blocks for one layer. Raises ValueError for a spec that is not supported."""
-        check_spec(spec)
-        needed = float_cache_shared(spec)
-        if needed > self._limits.shared_bytes:
-            have = self._limits.shared_bytes // 1024
-            raise ValueError(
-                f"a {spec.dtype} cache with heads of {spec.head_dim} needs {needed // 1024} KiB of shared memory, "
-                f"this card has {have}: use USE_CACHE_KV_INT8=1"
-            )
+        reason = self.refuses(spec, num_heads=spec.num_kv_heads)
+        if reason:
+            raise ValueError(reason)
         return GpuCache(spec, num_blocks, self.device)
+
+    def refuses(self, spec: CacheSpec, *, num_heads: int) -> str:
+        """See `interface.LimitsShapes`."""
+        try:
+            check_spec(spec)
+        except ValueError as error:
+            return str(error)
+        needed, have = float_cache_shared(spec), self._limits.shared_bytes
+        if needed > have:
+            return (
+                f"a {spec.dtype} cache with heads of {spec.head_dim} needs {needed // 1024} KiB of shared memory, "
+                f"this card has {have // 1024}: use USE_CACHE_KV_INT8=1"
+            )
+        sharing = num_heads // spec.num_kv_heads
+        return "" if sharing <= MOST_SHARING else f"{sharing} heads share a kv head, a card serves up to {MOST_SHARING}"
 
     def cache_block_bytes(self, spec: CacheSpec) -> int:
         """Bytes of one block of one layer, K and V and scales."""
