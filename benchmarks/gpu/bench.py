@@ -5,7 +5,8 @@
 
 Ceilings first: a copy and a bf16 product of this card. Then the operations alone, the engine on a checkpoint of an 8B
 shape that is made on the device, the server where all it needs is installed, and other engines on the same shape. A
-part that might not end within --minutes is left out, and said so. One table of goals comes last.
+part that might not end within --minutes is left out, and said so. One table of goals comes last, with --json beside it:
+that file is written after every line, so a run that is killed has left what it found.
 
 A dry run walks through every part at toy sizes without a card (with TRITON_INTERPRET=1 on the kernels themselves): its
 figures mean nothing, it shows that the first minute on a card is not lost to a slip.
@@ -15,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,14 +36,17 @@ from gpu_engine import engine_part
 from gpu_model import LLAMA_8B, TOY, make_model
 from gpu_server import server_part
 from measure import Bench, CardClock, HostClock, Sizes
+from report import EXIT_FAILED, Report
 
 from octavo.kernels.choose import choose
 from octavo.kernels.interface import Kernels
 from octavo.kernels.reference import ReferenceKernels
 
 DRY = Sizes(batch=2, context=150, rows=5, width=64)
-# The most seconds that a part has been allowed for; the order is that of what matters most.
-PARTS = {"ceilings": 5, "kernels": 60, "engine": 120, "server": 90, "peers": 60}
+LAST_SECONDS = 10.0  # for the table, and for what has to be ended
+# The seconds that a part may take, its kernels not yet compiled; the order is that of what matters most. A part that
+# would begin too late is left out, one that runs over its time leaves out what it has not begun.
+PARTS = {"ceilings": 10, "kernels": 110, "engine": 150, "server": 90, "peers": 60}
 
 
 def parts_of(bench: Bench, options: argparse.Namespace, deadline: float) -> dict[str, Callable[[], None]]:
@@ -70,14 +73,18 @@ def kernels(bench: Bench, *, quick: bool) -> None:
         kernel_parts.products(bench, quick=quick)
         kernel_parts.head_and_sampling(bench)
         for limbs in (1,) if quick else (1, 2):
-            kernel_parts.layers(bench, limbs=limbs, quick=quick)
+            if bench.has_time(f"layers limbs{limbs}"):
+                kernel_parts.layers(bench, limbs=limbs, quick=quick)
 
 
-def release(bench: Bench) -> None:
-    """Give the card's memory back: the next part may be another process."""
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
+def then_release(part: Callable[[], None], bench: Bench) -> None:
+    """A part, then the card's memory is given back: the next part may be another process."""
+    try:
+        part()
+    finally:
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def peers(bench: Bench, folder: Path, deadline: float) -> None:
@@ -87,7 +94,7 @@ def peers(bench: Bench, folder: Path, deadline: float) -> None:
         left = min(gpu_peers.SECONDS, deadline - time.monotonic())
         found = gpu_peers.measure(peer, folder, sizes, bench.device.type, seconds=max(1.0, left))
         if isinstance(found, str):
-            print(f"{name}: no figure: {found}", flush=True)
+            bench.lacks(name, found)
         else:
             bench.note(f"{name} {goals.OFFLINE}", found, "tok/s")
 
@@ -119,36 +126,37 @@ def backend(*, dry_run: bool) -> Kernels:
     return ReferenceKernels()
 
 
-def main() -> None:
+def main() -> int:
     options = arguments()
     torch.manual_seed(0)
-    made = backend(dry_run=options.dry_run)
     clock = HostClock() if options.dry_run else CardClock(repeats=10 if options.quick else 30)
-    bench = Bench(made, clock, DRY if options.dry_run else Sizes())
+    bench = Bench(backend(dry_run=options.dry_run), clock, DRY if options.dry_run else Sizes())
     card = "no card: a dry run" if options.dry_run else torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}, {platform.platform()}", flush=True)
-    began, left_out = time.monotonic(), []
-    for name, part in parts_of(bench, options, began + options.minutes * 60).items():
+    about = {"card": card, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "dry_run": options.dry_run}
+    report = Report(bench, options.json, about)
+    bench.kept = report.save
+    seconds = options.minutes * 60 - LAST_SECONDS
+    with report.watched(seconds):
+        run_parts(report, options, began=time.monotonic(), seconds=seconds)
+        if options.dry_run:
+            print("a dry run: these figures mean nothing")
+    return EXIT_FAILED if report.failed else 0
+
+
+def run_parts(report: Report, options: argparse.Namespace, *, began: float, seconds: float) -> None:
+    """One after the other; what would not end in time is left out."""
+    for name, part in parts_of(report.bench, options, began + seconds).items():
         if name not in ("ceilings", *options.parts):
             continue
         used = time.monotonic() - began
-        if used + PARTS[name] > options.minutes * 60:
-            left_out.append(name)
-            print(f"{name}: left out, {used:.0f} s of {options.minutes:g} minutes are used", flush=True)
+        if used + PARTS[name] > seconds:
+            report.left_out.append(name)
+            print(f"{name}: left out, {used:.0f} s of {seconds:.0f} are used", flush=True)
             continue
-        part()
-        release(bench)
-        print(f"-- {name}: {time.monotonic() - began - used:.1f} s", flush=True)
-    rows = goals.table(bench)
-    if options.dry_run:
-        print("a dry run: these figures mean nothing")
-    if options.json:
-        found = {
-            "card": card, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "dry_run": options.dry_run,
-            "left_out": left_out, "lines": [asdict(line) for line in bench.lines.values()], "goals": rows,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        report.bench.until = time.monotonic() + PARTS[name]
+        report.part(name, partial(then_release, part, report.bench))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

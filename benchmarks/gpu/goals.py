@@ -53,7 +53,7 @@ def _worst_product(rows: tuple[int, ...]) -> Reading:
 
     def read(bench: Bench) -> float | None:
         starts = tuple(f"w8a8 m{count} " for count in rows)
-        shares = [line.share for name, line in bench.lines.items() if name.startswith(starts)]
+        shares = [line.share for name, line in list(bench.lines.items()) if name.startswith(starts)]
         return min((share for share in shares if share is not None), default=None)
 
     return read
@@ -63,7 +63,7 @@ def _two_limbs_over_one(bench: Bench) -> float | None:
     """The largest ratio of times, W8A16 to W8A8, of products with up to 64 rows."""
     ratios = []
     for rows in FEW:
-        for name, line in bench.lines.items():
+        for name, line in list(bench.lines.items()):
             other = bench.lines.get(name.replace("w8a16", "w8a8", 1))
             if name.startswith(f"w8a16 m{rows} ") and other is not None:
                 ratios.append(line.milliseconds / other.milliseconds)
@@ -89,16 +89,19 @@ GOALS = (
 )
 
 
-def table(bench: Bench) -> list[dict[str, object]]:
-    """Print all goals; what was not measured has a dash."""
-    rows = [goal.row(bench) for goal in GOALS]
+def rows(bench: Bench) -> list[dict[str, object]]:
+    """All goals with what was found so far."""
+    return [goal.row(bench) for goal in GOALS]
+
+
+def show(found: list[dict[str, object]]) -> None:
+    """Print them; what was not measured has a dash."""
     print(f"\n{'goal':38} {'':7} {'goal':>8} {'beyond':>8} {'found':>9} {'share':>6}")
-    for row in rows:
+    for row in found:
         sign = "<=" if row["at_most"] else ">="
         cells = [f"{_text(row[key]):>{width}}" for key, width in (("goal", 8), ("beyond", 8), ("found", 9))]
         verdict = {True: "reached", False: "missed", None: "not measured"}[row["reached"]]  # type: ignore[index]
         print(f"{row['name']:38} {row['unit']:7} {sign}{' '.join(cells)} {_text(row['share']):>6}  {verdict}")
-    return rows
 
 
 def _text(value: object) -> str:

@@ -44,7 +44,7 @@ def server_part(bench: Bench, folder: Path) -> None:
     """Tokens per second of 48 streams, three requests each."""
     lacking = missing()
     if lacking:
-        print(f"server: left out, not installed: {' '.join(lacking)}", flush=True)
+        bench.lacks("server", f"not installed: {' '.join(lacking)}")
         return
     vocab = add_tokenizer(folder)
     sizes, streams = bench.sizes, bench.sizes.of("batch", 48)
@@ -100,5 +100,5 @@ def _ask(url: str, options: dict[str, object]) -> dict[str, Any]:
         command = [sys.executable, "-m", "octavo.cli.main", "bench", url, *words, "--no-progress"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         if done.returncode:
-            raise SystemExit(f"octavo bench failed: {done.stdout[-500:]}{done.stderr[-500:]}")
+            raise RuntimeError(f"octavo bench failed: {done.stdout[-500:]}{done.stderr[-500:]}")
         return json.loads(path.read_text())

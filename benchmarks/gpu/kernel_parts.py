@@ -49,6 +49,8 @@ def attention(bench: Bench) -> None:
     """Decode attention of one layer over an int8 cache, and how far it is from float64."""
     heads = shape_of(bench).heads
     for batch, context in ((48, 1024), (48, 4096), (1, 4096), (1, 32768)):
+        if not bench.has_time(f"attention b{batch} {context}"):
+            continue
         lengths = [bench.sizes.of("context", context)] * bench.sizes.of("batch", batch)
         cache = random_cache(bench, heads, num_blocks(lengths))
         layout = layout_of(lengths, [1] * len(lengths))
@@ -75,12 +77,15 @@ def cache_bytes(heads: HeadLayout, lengths: list[int]) -> int:
 def attention_error(bench: Bench, q: Tensor, layout: BatchLayout, heads: HeadLayout, cache: LayerCache) -> float:
     """Largest difference from float64 on the dequantised cache, of the largest output, in the first two sequences."""
     out = bench.kernels.attention(q, layout, heads, cache)
-    k, v, k_scale, v_scale = (part.double() for part in cache.rows())  # type: ignore[attr-defined]
-    k, v = k * k_scale[..., None], v * v_scale[..., None]
+    k, v, k_scale, v_scale = cache.rows()  # type: ignore[attr-defined]
     worst, group = 0.0, heads.num_heads // heads.num_kv_heads
     for i in range(min(2, len(out))):
         blocks, length = layout.block_tables[i].long(), int(layout.seq_lens[i])
-        ki, vi = (part[blocks].flatten(0, 1)[:length].repeat_interleave(group, dim=1) for part in (k, v))
+        ki, vi = (
+            (part[blocks].double() * scale[blocks].double()[..., None]).flatten(0, 1)[:length]
+            for part, scale in ((k, k_scale), (v, v_scale))
+        )
+        ki, vi = (part.repeat_interleave(group, dim=1) for part in (ki, vi))
         scores = torch.einsum("hd,thd->ht", q[i].view(heads.num_heads, -1).double(), ki) * heads.scale
         exact = torch.einsum("ht,thd->hd", scores.softmax(-1), vi).flatten()
         worst = max(worst, float((out[i] - exact).abs().max() / exact.abs().max()))
@@ -93,6 +98,8 @@ def products(bench: Bench, *, quick: bool) -> None:
     for outputs, inputs in shapes:
         size = (bench.sizes.of("width", outputs), bench.sizes.of("width", inputs))
         for name, format in formats(bench).items():
+            if not bench.has_time(f"{name} {outputs}x{inputs}"):
+                continue
             packed = random_product(bench, size, format)
             for rows in (*FEW, *MANY):
                 count = bench.sizes.of("rows", rows)
@@ -166,6 +173,8 @@ def layers(bench: Bench, *, limbs: int, quick: bool) -> None:
     longest = sizes.of("context", 4096)
     cos_sin = angles(longest, shape.heads.head_dim)
     for batch, context in [(1, 1024), (48, 1024)] if quick else [(1, 1024), (48, 1024), (32, 4096), (128, 1024)]:
+        if not bench.has_time(f"layers b{batch} {context // 1024}k limbs{limbs}"):
+            continue
         lengths = [sizes.of("context", context)] * sizes.of("batch", batch)
         x = torch.randn(len(lengths), shape.hidden, device=bench.device)
         layout = layout_of(lengths, [1] * len(lengths))  # the recording reads this memory

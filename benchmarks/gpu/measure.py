@@ -112,12 +112,27 @@ class Bench:
     clock: Clock
     sizes: Sizes = field(default_factory=Sizes)
     lines: dict[str, Line] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # what has no figure, and why
     bandwidth: float = 0.0  # bytes per second, read and written, of a copy
     bf16: float = 0.0  # operations per second of a bf16 product
+    kept: Callable[[], None] = lambda: None  # called after each line
+    until: float = float("inf")  # when the part that runs should have ended, of `time.monotonic`
 
     @property
     def device(self) -> torch.device:
         return self.kernels.device
+
+    def has_time(self, name: str) -> bool:
+        """Whether the part that runs may begin with `name`; says so if it may not."""
+        if time.monotonic() < self.until:
+            return True
+        self.lacks(name, "the time of this part is over")
+        return False
+
+    def lacks(self, name: str, reason: str) -> None:
+        """Say why something has no figure."""
+        self.missing[name] = reason
+        print(f"{name}: no figure: {reason}", flush=True)
 
     def moved(self, name: str, milliseconds: float, num_bytes: float) -> None:
         """Bytes against the copy."""
@@ -150,3 +165,4 @@ class Bench:
         self.lines[line.name] = line
         share_text = "" if line.share is None else f"{line.share:7.2f} of {line.of}"
         print(f"{line.name:38} {line.milliseconds:9.4f} ms {line.rate:12.4g} {line.unit:7}{share_text}", flush=True)
+        self.kept()

@@ -45,6 +45,8 @@ def test_every_goal_of_the_kernels_and_the_engine_is_read_from_a_line(tmp_path: 
     assert left == {"48 streams, server / engine", "transformers generate_batch", "vLLM 0.26, bf16", "vLLM 0.26, W8A8"}
     assert found["dry_run"] is True
     assert found["left_out"] == []
+    assert found["failed"] == found["missing"] == {}
+    assert found["ended"] == "done"
     error = next(row for row in found["goals"] if row["name"] == "its error against float64")
     assert error["found"] < 5e-4  # the one figure that means something without a card
 
