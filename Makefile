@@ -8,7 +8,7 @@ CARD_PYTHON := $(or $(wildcard $(PYTHON)),python3)
 setup: ; @bash start_server.sh --install test
 test: setup lint types ; $(PYTHON) -m pytest -m "not slow"
 test-full: setup lint types ; $(PYTHON) -m pytest
-test-gpu: ; $(CARD_PYTHON) -m pytest tests/gpu tests/kernels_gpu -m "not slow"
+test-gpu: ; $(CARD_PYTHON) -m pytest tests/gpu tests/kernels_gpu -m "not slow" -v --durations=10
 bench-gpu: ; $(CARD_PYTHON) benchmarks/gpu/bench.py --json benchmarks/results/gpu.json
 gpu-budgets: ; cd tests && PYTHONPATH=.:../serving $(abspath $(PYTHON)) -m kernels_gpu.compiled --write
 lint: ; $(PYTHON) -m ruff check .

@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpu.time_limit import TimeLimit
 from gpu.without_msgspec import provide
 from octavo.kernels.choose import choose
 from octavo.kernels.interface import Kernels
 from octavo.kernels.reference import ReferenceKernels
 
 provide()  # before the engine's tests are imported
+SECONDS, GRACE = 430, 30  # a lent card is there for eight minutes at a time
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only for a run of these tests on a card, which is who has this file among its first."""
+    if torch.cuda.is_available() and config.pluginmanager.getplugin("gpu-time-limit") is None:
+        config.pluginmanager.register(TimeLimit(config, seconds=SECONDS, grace=GRACE), "gpu-time-limit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
