@@ -190,23 +190,56 @@ def prompt_rows(
         full = start
     else:  # the first row, and with it all, sees everything before here
         full = (seq_len - num_rows + tile * QUERIES + 1) // SEGMENT * SEGMENT
-    for here in range(start, full, SEGMENT):
-        m2, l2, o2 = _segment(
-            q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
-            here, here + SEGMENT, table_width, False, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
-            PACKED,
-        )  # fmt: skip
-        maximum, total, out = _combine(maximum, total, out, m2, l2, o2)
-    for here in range(full, end, SEGMENT):
-        m2, l2, o2 = _segment(
-            q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr + sequence * table_width, kv_head,
-            here, end, table_width, True, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32,
-            PACKED,
-        )  # fmt: skip
-        maximum, total, out = _combine(maximum, total, out, m2, l2, o2)
+    table_ptr = tables_ptr + sequence * table_width
+    maximum, total, out = _walk(
+        maximum, total, out, q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, start,
+        full, table_width, False, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32, PACKED,
+    )  # fmt: skip
+    maximum, total, out = _walk(
+        maximum, total, out, q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, full,
+        end, table_width, True, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32, PACKED,
+    )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     out = tl.div_rn(out, total[:, None] + tl.zeros_like(out))
     tl.store(out_ptr + at[:, None] * D + d[None, :], out, mask=valid[:, None] & (d[None, :] < D))
+
+
+@triton.jit
+def _walk(
+    maximum,  # what was found before, and is joined to
+    total,
+    out,
+    q,  # from here on as _segment
+    q_scale,
+    position,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    table_ptr,
+    kv_head,
+    first,  # token of the first segment
+    end,
+    table_width,
+    MASKED: tl.constexpr,  # False: all rows see all tokens, and `end` ends a segment
+    WINDOW: tl.constexpr,
+    KV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    INT8: tl.constexpr,
+    EXACT_TF32: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Segment after segment, joined in order."""
+    for here in range(first, end, SEGMENT):
+        last = end if MASKED else here + SEGMENT
+        m2, l2, o2 = _segment(
+            q, q_scale, position, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, here, last, table_width,
+            MASKED, WINDOW, KV, D_PAD, BLOCK_D, ROWS, INT8, EXACT_TF32, PACKED,
+        )  # fmt: skip
+        maximum, total, out = _combine(maximum, total, out, m2, l2, o2)
+    return maximum, total, out
 
 
 @triton.jit
@@ -289,12 +322,7 @@ def _segment(
     for base in range(start, tl.minimum(start + SEGMENT, end), TILE):
         t = base + tl.arange(0, TILE)
         d = tl.arange(0, BLOCK_D)
-        # A tile's last block may be beyond the table: nobody sees its tokens, any block may stand in.
-        entry = tl.minimum(base // BLOCK + tl.arange(0, TILE) // BLOCK, table_width - 1)
-        block = tl.max_constancy(tl.load(table_ptr + entry).to(tl.int64) * KV + kv_head, [BLOCK])  # [TILE]
-        offset = tl.arange(0, TILE) % BLOCK
-        k_at = k_ptr + (block * BLOCK + offset)[:, None] * D_PAD + d[None, :]  # [TILE, BLOCK_D]
-        v_at = v_ptr + (block * D_PAD * BLOCK + offset)[None, :] + d[:, None] * BLOCK  # [BLOCK_D, TILE]
+        block, offset, k_at, v_at = _tile(k_ptr, v_ptr, table_ptr, kv_head, base, d, table_width, KV, D_PAD)
         if D_PAD == BLOCK_D:
             k = tl.load(k_at)
             v = tl.load(v_at)
@@ -328,6 +356,20 @@ def _segment(
             o = dot_float(e, v.to(tl.float32).T, tl.zeros((ROWS, BLOCK_D), tl.float32), EXACT_TF32)
         maximum, total, out = _combine(maximum, total, out, m, steps.to(tl.float32) * STEP, o)
     return maximum, total, out
+
+
+@triton.jit
+def _tile(k_ptr, v_ptr, table_ptr, kv_head, base, d, table_width, KV: tl.constexpr, D_PAD: tl.constexpr):
+    """Where the tile from token `base` lies: block · KV + kv head and place in the block [TILE], pointers to K
+    [TILE, BLOCK_D] and to V [BLOCK_D, TILE].
+    """
+    # A tile's last block may be beyond the table: nobody sees its tokens, any block may stand in.
+    entry = tl.minimum(base // BLOCK + tl.arange(0, TILE) // BLOCK, table_width - 1)
+    block = tl.max_constancy(tl.load(table_ptr + entry).to(tl.int64) * KV + kv_head, [BLOCK])  # [TILE]
+    offset = tl.arange(0, TILE) % BLOCK
+    k_at = k_ptr + (block * BLOCK + offset)[:, None] * D_PAD + d[None, :]
+    v_at = v_ptr + (block * D_PAD * BLOCK + offset)[None, :] + d[:, None] * BLOCK
+    return block, offset, k_at, v_at
 
 
 @triton.jit

@@ -48,9 +48,52 @@ def rope_write(
     is_k = (head >= H) & (head < H + KV)
     is_v = (head >= H + KV) & (head < H + 2 * KV)
     inside = (head < H + 2 * KV)[:, None] & (d < D)[None, :]
-    here = x_ptr + (row * (H + 2 * KV) + head)[:, None] * D
+    angles = table_ptr + tl.load(positions_ptr + row).to(tl.int64) * (2 * HALF)
+    x = _rotated(
+        x_ptr + (row * (H + 2 * KV) + head)[:, None] * D, inside, q_norm_ptr, k_norm_ptr, angles, d, is_q, is_k,
+        tl.minimum(M, 0), HALF, D, EPS, Q_NORM, K_NORM,
+    )  # fmt: skip
+    tl.store(q_ptr + (row * H + head)[:, None] * D + d[None, :], x, mask=inside & is_q[:, None])
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    kv_head = tl.where(is_k, head - H, head - H - KV)
+    place = (slot // 64) * KV + kv_head  # [HEADS]
+    offset = slot % 64
+    k_mask = is_k & (slot >= 0)
+    v_mask = is_v & (slot >= 0)
+    if INT8:
+        stored, scale = _quantized(x, is_k, kv_head, k_mask, v_mask, k_inverse_ptr, v_inverse_ptr, STATIC_K, STATIC_V)
+        if not STATIC_K:
+            tl.store(k_scale_ptr + place * 64 + offset, scale, mask=k_mask)
+        if not STATIC_V:
+            tl.store(v_scale_ptr + place * 64 + offset, scale, mask=v_mask)
+    else:
+        stored = x.to(k_ptr.dtype.element_ty)
+    k_at = k_ptr + (place * 64 + offset)[:, None] * D_PAD + d[None, :]
+    v_at = v_ptr + (place * D_PAD * 64 + offset)[:, None] + d[None, :] * 64
+    tl.store(k_at, stored, mask=inside & k_mask[:, None])
+    tl.store(v_at, stored, mask=inside & v_mask[:, None])
+
+
+@triton.jit
+def _rotated(
+    here,  # [HEADS, 1] pointers to the heads
+    inside,
+    q_norm_ptr,
+    k_norm_ptr,
+    angles,
+    d,
+    is_q,
+    is_k,
+    zero,  # as `rounded` takes it
+    HALF: tl.constexpr,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+):
+    """The heads [HEADS, BLOCK_D]: normed where there is a norm, queries and keys turned."""
     partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
-    x = tl.load(here + d[None, :], mask=inside, other=0.0)  # [HEADS, BLOCK_D]
+    x = tl.load(here + d[None, :], mask=inside, other=0.0)
     other = tl.load(here + partner[None, :], mask=inside, other=0.0)
     if Q_NORM or K_NORM:
         wide = x.to(tl.float64)
@@ -60,33 +103,21 @@ def rope_write(
         if K_NORM:
             x, other = _normed(x, other, inverse, k_norm_ptr, d, partner, is_k, D)
     if HALF > 0:
-        angles = table_ptr + tl.load(positions_ptr + row).to(tl.int64) * (2 * HALF)
-        x = _turned(x, other, angles, d, (is_q | is_k)[:, None], tl.minimum(M, 0), HALF)
-    tl.store(q_ptr + (row * H + head)[:, None] * D + d[None, :], x, mask=inside & is_q[:, None])
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    kv_head = tl.where(is_k, head - H, head - H - KV)
-    place = (slot // 64) * KV + kv_head  # [HEADS]
-    offset = slot % 64
-    k_mask = is_k & (slot >= 0)
-    v_mask = is_v & (slot >= 0)
-    k_at = k_ptr + (place * 64 + offset)[:, None] * D_PAD + d[None, :]
-    v_at = v_ptr + (place * D_PAD * 64 + offset)[:, None] + d[None, :] * 64
-    if INT8:
-        absmax = tl.max(tl.abs(x), 1)
-        bound = inverse_scale(absmax, 127.0)
-        k_inverse = tl.load(k_inverse_ptr + kv_head, mask=k_mask, other=0.0) if STATIC_K else bound
-        v_inverse = tl.load(v_inverse_ptr + kv_head, mask=v_mask, other=0.0) if STATIC_V else bound
-        scaled = x * tl.where(is_k, k_inverse, v_inverse)[:, None]
-        stored = rint(tl.minimum(tl.maximum(scaled, -128.0), 127.0)).to(tl.int8)
-        scale = row_scale(absmax, 127.0)
-        if not STATIC_K:
-            tl.store(k_scale_ptr + place * 64 + offset, scale, mask=k_mask)
-        if not STATIC_V:
-            tl.store(v_scale_ptr + place * 64 + offset, scale, mask=v_mask)
-    else:
-        stored = x.to(k_ptr.dtype.element_ty)
-    tl.store(k_at, stored, mask=inside & k_mask[:, None])
-    tl.store(v_at, stored, mask=inside & v_mask[:, None])
+        x = _turned(x, other, angles, d, (is_q | is_k)[:, None], zero, HALF)
+    return x
+
+
+@triton.jit
+def _quantized(
+    x, is_k, kv_head, k_mask, v_mask, k_inverse_ptr, v_inverse_ptr, STATIC_K: tl.constexpr, STATIC_V: tl.constexpr
+):
+    """Heads as int8 [HEADS, BLOCK_D] and their dynamic scales [HEADS]."""
+    absmax = tl.max(tl.abs(x), 1)
+    bound = inverse_scale(absmax, 127.0)
+    k_inverse = tl.load(k_inverse_ptr + kv_head, mask=k_mask, other=0.0) if STATIC_K else bound
+    v_inverse = tl.load(v_inverse_ptr + kv_head, mask=v_mask, other=0.0) if STATIC_V else bound
+    scaled = x * tl.where(is_k, k_inverse, v_inverse)[:, None]
+    return rint(tl.minimum(tl.maximum(scaled, -128.0), 127.0)).to(tl.int8), row_scale(absmax, 127.0)
 
 
 @triton.jit

@@ -139,12 +139,7 @@ def int8_gemm_parts(
         tl.store(mine + SIZE, lo)
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == PARTS - 1:
-        hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-        lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-        for i in tl.static_range(PARTS):  # from L2: what other programs stored
-            hi += tl.load(sums + i * (LIMBS * SIZE), cache_modifier=".cg")
-            if LIMBS == 2:
-                lo += tl.load(sums + i * (LIMBS * SIZE) + SIZE, cache_modifier=".cg")
+        hi, lo = _all_parts(sums, PARTS, LIMBS, BLOCK_M, BLOCK_N)
         tl.store(arrived_ptr + tile, 0)
         no_sum = tl.zeros((BLOCK_M,), tl.int32)
         total = scaled_sums(
@@ -153,6 +148,19 @@ def int8_gemm_parts(
         _write(
             total, rows, columns, x_row, w_row, x_scale_ptr, bias_ptr, residual_ptr, y_ptr, M, N, HAS_BIAS, HAS_RESIDUAL
         )
+
+
+@triton.jit
+def _all_parts(sums, PARTS: tl.constexpr, LIMBS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The parts of a tile added up, both limbs: from L2, where other programs stored them."""
+    SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+    hi = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    lo = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for i in tl.static_range(PARTS):
+        hi += tl.load(sums + i * (LIMBS * SIZE), cache_modifier=".cg")
+        if LIMBS == 2:
+            lo += tl.load(sums + i * (LIMBS * SIZE) + SIZE, cache_modifier=".cg")
+    return hi, lo
 
 
 @triton.jit
