@@ -5,7 +5,9 @@ Whatever it fills up, stages, replays or takes over from the device must leave t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,11 @@ from octavo.engine.core import EngineCore, make_scheduler
 from octavo.engine.decode_graphs import batch_buckets, table_buckets
 from octavo.engine.device_queue import Body, ImmediateQueue
 from octavo.engine.gpu_runner import ADVICE, GpuRunner
+from octavo.engine.gpu_steps import GpuSteps, Queued
 from octavo.engine.interface import DeviceLost, Runner, RunnerError, StepOutOfMemory
 from octavo.engine.kv_cache import cache_specs, make_caches
 from octavo.engine.load import load_runner
+from octavo.engine.staging import Download, Staging
 from octavo.kernels.interface import Kernels
 from octavo.kernels.reference import ReferenceKernels
 from octavo.models.config import load_config
@@ -29,7 +33,7 @@ from octavo.parallel.group import make_group
 from octavo.protocol.messages import SamplingParams, SequenceOutput, Submit
 from octavo.quantization.formats.reader import ReaderInputs
 from octavo.quantization.formats.source import TensorSource
-from octavo.scheduling.plan import StepPlan
+from octavo.scheduling.plan import StepPlan, StepResult
 from octavo.settings import Settings
 
 CPU = torch.device("cpu")
@@ -147,6 +151,56 @@ def test_decode_steps_are_recorded_once_for_each_size(runner: GpuRunner, device_
     assert (device_queue.captures, device_queue.replays) == (1, 18)  # the prompt's step ran by operations
     Driver(runner, slot=1).run(PROMPT, params(), count=5)
     assert device_queue.captures == 1
+
+
+class SlowMark:
+    """Passed only some time after it was made."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic() + 0.03
+
+    def passed(self) -> bool:
+        return time.monotonic() >= self._at
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self._at - time.monotonic()))
+
+
+def test_a_step_is_queued_before_the_one_ahead_is_waited_for(
+    runner: GpuRunner, device_queue: CountingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device that takes its time: the host plans and queues meanwhile, two copies in and one out a step."""
+    log: list[tuple[str, int]] = []
+    real_forward, real_finish, real_put, real_lists = GpuSteps.forward, GpuSteps.finish, Staging.put, Download.lists
+
+    def forward(self: GpuSteps, plan: StepPlan, now: float) -> Queued:
+        log.append(("forward", plan.step_id))
+        return real_forward(self, plan, now)
+
+    def finish(self: GpuSteps, queued: Queued) -> StepResult:
+        log.append(("finish", queued.plan.step_id))
+        return real_finish(self, queued)
+
+    def counted(name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            log.append((name, 0))
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(device_queue, "mark", SlowMark)
+    monkeypatch.setattr(GpuSteps, "forward", forward)
+    monkeypatch.setattr(GpuSteps, "finish", finish)
+    monkeypatch.setattr(Staging, "put", counted("in", real_put))
+    monkeypatch.setattr(Download, "lists", counted("out", real_lists))
+    generate(runner, [Submit(1, PROMPT[:20], SamplingParams(max_tokens=15, temperature=1.0, seed=1))])
+    steps = [step_id for name, step_id in log if name == "forward"]
+    assert len(steps) >= 15
+    for step_id, following in pairwise(steps):
+        assert log.index(("forward", following)) < log.index(("finish", step_id))
+    names = [name for name, _ in log]
+    assert names.count("in") <= 2 * len(steps)
+    assert names.count("out") == len(steps)
 
 
 def test_rows_that_fill_up_a_batch_change_nothing(

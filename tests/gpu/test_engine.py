@@ -109,6 +109,16 @@ def test_alone_in_a_crowd_in_chunks_and_after_a_prefix_hit(runner: Runner) -> No
     assert {seq_id % 100: tokens for seq_id, tokens in cached.items() if seq_id >= 100} == crowd
 
 
+def test_a_steady_state_never_waits_for_the_device(runner: Runner) -> None:
+    """Torch raises wherever a step would: the same requests again find all kernels compiled and all steps recorded."""
+    expected = generate(runner, requests())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert generate(runner, requests()) == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_step_that_does_not_fit_is_one_error_and_the_next_one_works(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,6 @@ def _expert_products() -> Iterator[Case]:
             loop_bytes=tile.block_n * tile.block_k,
         )  # fmt: skip
 
-
     tile = fp8_tile(1, 1536, limits=CARDS[90])
     yield Case(
         "grouped_gemm fp8 m1 n1536",

@@ -23,11 +23,12 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 import torch
 import triton
 
-from kernels_gpu.cases import all_cases
+from kernels_gpu.cases import CARDS, all_cases
+from kernels_gpu.odd_cases import SMALL_CARDS, odd_cases
 from octavo.kernels.gpu.cache import float_cache_shared
 from octavo.kernels.interface import CacheSpec
 
-CASES = list(all_cases())
+CASES, ODD = list(all_cases()), list(odd_cases())
 RECORDED = "3.6."
 SLACK = 1.05  # a patch release of the assembler may move a few registers
 # What a plain test run compiles; the rest, and the other architectures, take a minute and are marked slow.
@@ -103,6 +104,15 @@ def test_a_dependent_launch_waits_before_it_touches_memory(name: str) -> None:
     assert report.spills == 0
     if triton.__version__.startswith(RECORDED):
         within_budget(report, json.loads(BUDGETS.read_text())[name]["90"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SMALL_CARDS)
+@pytest.mark.parametrize("case", ODD, ids=lambda case: case.name)
+def test_what_other_models_need_compiles_and_fits_the_smallest_cards(case: Case, capability: int) -> None:
+    report = build(case, capability)
+    assert report.shared_bytes <= CARDS[capability].shared_bytes
+    assert report.byte_loads == 0
 
 
 def test_budgets_name_every_case_and_nothing_else() -> None:

@@ -64,7 +64,7 @@ class GpuGrouped(GpuProducts, GpuRows):
             out_features=first.out_features,
             num_experts=len(linears),
             format=first.format,
-            weight=torch.stack([linear.weight for linear in linears]),
+            weight=torch.stack([linear.weight.view(torch.int8) for linear in linears]).view(first.weight.dtype),
             scale=torch.stack([linear.scale for linear in linears]),
             correction=_stack([linear.correction for linear in linears]),
             zero_point=_stack([linear.zero_point for linear in linears]),
