@@ -92,6 +92,7 @@ def vllm_batch(folder: Path, prompts: Prompts, output: int, *, bf16: bool) -> fl
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {"max_model_len": len(prompts[0]) + output + 1, "max_num_seqs": len(prompts)}
+    options["gpu_memory_utilization"] = 0.85  # it counts all memory of the card, and bench.py has some of it
     if bf16:
         folder, options["load_format"] = without_quantization(folder), "dummy"
     else:

@@ -168,7 +168,7 @@ def test_a_recording_without_memory_is_known_as_such(
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     queue = CudaQueue.__new__(CudaQueue)
-    queue._stream, queue._pool = Stream(), None
+    queue._stream, queue._pool, queue._records = Stream(), None, True
     runs: list[int] = []
 
     def body() -> None:
@@ -179,3 +179,6 @@ def test_a_recording_without_memory_is_known_as_such(
     with pytest.raises(torch.OutOfMemoryError):
         queue.capture(body)
     assert len(runs) == 3
+    if ending is not None:  # nothing is recorded any more, and work goes on
+        assert queue.capture(body) is body
+        assert len(runs) == 4

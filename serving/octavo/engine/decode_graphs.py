@@ -115,8 +115,8 @@ class DecodeGraphs:
             return
         except torch.OutOfMemoryError as error:  # a recording keeps its memory; single operations give theirs back
             LOG.warning("no memory to record steps of %d x %d blocks: they run unrecorded (%s)", rows, width, error)
-        self._queue.release_memory()  # only now: the error held what the recording had
         self._replays[rows, width] = body
+        self._queue.release_memory()  # only now: the error held what the recording had
         body()
 
     def _body(self, tensors: dict[str, Tensor], *, rows: int, width: int) -> None:

@@ -112,6 +112,7 @@ class CudaQueue:
         torch.cuda.synchronize(device)  # what was loaded on the default stream is there
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._records = True
 
     def entered(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
@@ -126,6 +127,9 @@ class CudaQueue:
 
     def capture(self, body: Body) -> Body:
         """Twice without recording: kernels are compiled, and the allocator holds what they need."""
+        if not self._records:
+            body()
+            return body
         for _ in range(2):
             body()
         self._stream.synchronize()
@@ -134,6 +138,7 @@ class CudaQueue:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 body()
         except RuntimeError as error:  # ending a recording that found no memory may fail in other words
+            self._records = isinstance(error, torch.OutOfMemoryError)  # else the allocator takes it for under way still
             if out_of_memory(error) or out_of_memory(error.__context__):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
