@@ -31,6 +31,8 @@ def missing() -> list[str]:
             version("nvidia-pytriton")  # its binaries are no module
         except PackageNotFoundError:
             lacking.append("nvidia-pytriton")
+        if int(version("numpy").split(".")[0]) > 1:  # its stub reads strings wrongly with that
+            lacking.append("numpy below 2")
     return lacking
 
 

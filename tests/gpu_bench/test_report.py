@@ -18,7 +18,11 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 
 import gpu_peers
+import gpu_server
 from gpu_model import TOY, make_model
+from measure import Bench, HostClock
+
+from octavo.kernels.reference import ReferenceKernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -179,6 +183,16 @@ def test_vllm_gets_the_same_weights_with_a_float_head(tmp_path: Path) -> None:
         exact = before.get_tensor("lm_head.weight").float() * before.get_tensor("lm_head.weight_scale").float()
     assert head.dtype == torch.bfloat16
     assert torch.allclose(head.float(), exact, rtol=2**-7)
+
+
+def test_a_server_that_cannot_run_is_left_out_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    if Path("/opt/tritonserver").is_dir():
+        pytest.skip("there is a Triton of another build")
+    monkeypatch.setattr(gpu_server, "version", lambda name: "2.5.2")
+    assert "numpy below 2" in gpu_server.missing()
+    bench = Bench(ReferenceKernels(), HostClock())
+    gpu_server.server_part(bench, Path("nowhere"))
+    assert "numpy below 2" in bench.missing["server"]
 
 
 def test_the_same_shape_without_quantization(tmp_path: Path) -> None:
