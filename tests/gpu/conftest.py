@@ -15,9 +15,10 @@ provide()  # before the engine's tests are imported
 SECONDS, GRACE = 430, 30  # a lent card is there for eight minutes at a time
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Only for a run of these tests on a card, which is who has this file among its first."""
-    if torch.cuda.is_available() and config.pluginmanager.getplugin("gpu-time-limit") is None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Only where there is a card, and these tests were asked for by name: else this file is read after the start."""
+    if torch.cuda.is_available():
+        config = session.config
         config.pluginmanager.register(TimeLimit(config, seconds=SECONDS, grace=GRACE), "gpu-time-limit")
 
 
