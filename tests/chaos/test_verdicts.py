@@ -48,7 +48,7 @@ def test_a_load_may_be_silent_for_long_but_not_for_ever() -> None:
 
 def test_five_deaths_in_a_minute_are_enough() -> None:
     deaths = Deaths()
-    assert [deaths.record(float(now), limit=5) for now in range(4)] == pytest.approx([0.1, 0.4, 1.6, 5.0])
+    assert [deaths.record(float(now), limit=5) for now in range(4)] == pytest.approx([0.1, 0.2, 0.4, 0.8])
     assert deaths.record(50.0, limit=5) is None
 
 
@@ -104,6 +104,24 @@ def test_a_worker_that_does_not_reach_the_model_server_is_not_ready() -> None:
         return seen
 
     assert asyncio.run(scenario()) == [True, True, True, False, False, True]
+
+
+def test_what_a_worker_served_is_known_even_if_the_front_end_died_unasked() -> None:
+    async def scenario() -> list[int]:
+        served: list[str] = []
+        beat = Beat(clock=lambda: NOW, on_served=lambda: served.append("once"))
+        child = os.dup(beat.write)
+        beat.listen()
+        counts = []
+        for words in (b".", b".*", b"+", b"**"):
+            os.write(child, words)
+            await asyncio.sleep(0.05)
+            counts.append(len(served))
+        os.close(child)
+        beat.close()
+        return counts
+
+    assert asyncio.run(scenario()) == [0, 1, 1, 2]
 
 
 def test_readiness_waits_for_every_worker_that_serves() -> None:

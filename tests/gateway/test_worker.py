@@ -32,13 +32,16 @@ def listener() -> Iterator[socket.socket]:
         yield made
 
 
-def start(stack: Stack, listener: socket.socket) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "octavo.gateway", "--fd", str(listener.fileno())]
+def start(stack: Stack, listener: socket.socket, *, beat: int | None = None) -> subprocess.Popen[bytes]:
+    given = [listener.fileno(), *([beat] if beat is not None else [])]
+    command = [sys.executable, "-m", "octavo.gateway"]
+    for option, handle in zip(("--fd", "--beat"), given):
+        command += [option, str(handle)]
     port = listener.getsockname()[1]
     return subprocess.Popen(
         command,
         env=environ(stack, port),
-        pass_fds=[listener.fileno()],
+        pass_fds=given,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -166,3 +169,22 @@ def test_a_stream_that_outlasts_the_drain_ends_with_an_error_line(stack: Stack, 
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_worker_tells_its_parent_of_requests_that_ended_well(stack: Stack, listener: socket.socket) -> None:
+    read, write = os.pipe()
+    process = start(stack, listener, beat=write)
+    os.close(write)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+    try:
+        assert requests.post(url, json={"text": "x", "max_dec_len": -1}, timeout=20).status_code == 400
+        said = b"".join(os.read(read, 4096) for _ in range(3))
+        assert b"." in said
+        assert b"*" not in said
+        assert requests.post(url, json={"text": "x"}, timeout=20).status_code == 200
+        while b"*" not in os.read(read, 4096):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read)

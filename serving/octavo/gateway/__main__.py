@@ -166,16 +166,20 @@ async def _serve(
         asyncio.get_running_loop().add_reader(parent, orphaned)
     tasks = []
     if beat is not None:
-        tasks = [asyncio.ensure_future(work) for work in (_beat(beat), _look(beat, server, upstream))]
+        tasks = [asyncio.ensure_future(work) for work in (_beat(beat, upstream), _look(beat, server, upstream))]
     await server.serve(sockets=[listener])
     for task in tasks:
         task.cancel()
 
 
-async def _beat(pipe: int) -> None:
-    """Show the parent that this loop turns."""
+async def _beat(pipe: int, upstream: Upstream) -> None:
+    """Show the parent that this loop turns (.), and whether a request has ended well since the last time (*): the front
+    end may die before anybody has asked it.
+    """
+    told = 0
     while True:
-        _tell(pipe, b".")
+        _tell(pipe, b"*" if upstream.num_finished > told else b".")
+        told = upstream.num_finished
         await asyncio.sleep(BEAT_SECONDS)
 
 

@@ -64,6 +64,7 @@ class Upstream:
         self._hold_seconds = min(HOLD_SECONDS, outage_seconds)
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_running = 0
+        self.num_finished = 0  # requests that ended as they should
         self._answered = False  # ever
         self._away_since: float | None = None  # since when the server that once answered does not
         self._decoder = token_decoder()
@@ -224,7 +225,10 @@ class Upstream:
             raise InternalError("the model server sent a message that cannot be read") from error
         self._note_answer()
         progress.req_id, progress.infer_seed = message.req_id, message.infer_seed
-        return (message, payload[1:-1]) if progress.accept(message) else None
+        if not progress.accept(message):
+            return None
+        self.num_finished += progress.closed and message.finish_reason != "cancelled"
+        return message, payload[1:-1]
 
     async def _pause(self, delay: float, deadline: float) -> None:
         if self._clock() + delay >= deadline:

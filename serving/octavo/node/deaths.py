@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 DEATH_WINDOW = 60.0
-FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0  # seconds before the next start
+FIRST_PAUSE = 0.1  # seconds before the next start; twice that after each further death. All of them must fit into the
+# time in which a process is promised to be back: what never gets better is ended by the limit, not by long pauses.
 
 
 class Deaths:
@@ -27,4 +28,4 @@ class Deaths:
             self._times.popleft()
         if len(self._times) >= limit:
             return None
-        return min(LAST_PAUSE, FIRST_PAUSE * 4.0 ** (len(self._times) - 1))
+        return FIRST_PAUSE * 2.0 ** (len(self._times) - 1)

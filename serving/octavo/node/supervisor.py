@@ -180,7 +180,7 @@ class Supervisor:
         return self._children.spawn(self._plan.engine)
 
     def _start_gateway(self, name: str) -> Child:
-        beat = self._beats[name] = Beat(clock=self._clock)
+        beat = self._beats[name] = Beat(clock=self._clock, on_served=self._note_served)
         try:
             return self._children.spawn(self._plan.gateway(name, beat=beat.write))
         finally:
@@ -270,6 +270,9 @@ class Supervisor:
         triton = self._current.get("triton")
         reaches = beat is None or triton is None or beat.reaches(since=triton.started)
         return Process(name, state, child.pid, deaths.total, seconds, deaths.last, reaches)
+
+    def _note_served(self) -> None:
+        self.monitor.seen.finished_at = self._clock()
 
     def _record(self) -> None:
         """Tell the stop command what runs."""

@@ -36,10 +36,13 @@ TRITON_LOAD_SECONDS = 120.0  # from its start to its first answer; a stub that h
 
 
 class Beat:
-    """The pipe on which a worker shows that its loop turns, and says whether it reaches the model server (+ or -)."""
+    """The pipe on which a worker shows that its loop turns, says whether it reaches the model server (+ or -), and that
+    a request has ended well (*): then `on_served` is called.
+    """
 
-    def __init__(self, *, clock: Callable[[], float]) -> None:
+    def __init__(self, *, clock: Callable[[], float], on_served: Callable[[], None] = lambda: None) -> None:
         self._clock = clock
+        self._on_served = on_served
         self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._began = clock()
         self._heard_at: float | None = None
@@ -57,6 +60,8 @@ class Beat:
             for word in words:
                 if word in b"+-":
                     self._reached, self._reached_at = word == ord("+"), self._heard_at
+            if b"*" in words:
+                self._on_served()
         else:  # the child is gone
             asyncio.get_running_loop().remove_reader(self._read)
 
