@@ -129,7 +129,7 @@ VARIABLES: tuple[Variable, ...] = (
         "max_cached_task_num",
         integer(0, 100_000),
         "128",
-        "waiting requests; beyond it a client with its share of them waiting is refused at once",
+        "waiting requests; beyond it: refused at once",
     ),
     _variable("USE_WARMUP", "use_warmup", flag(), "0", "1: warm up before ready"),
     _variable("USE_CACHE_KV_INT8", "use_cache_kv_int8", flag(), "1", "0: cache in the model's float type"),

@@ -87,7 +87,9 @@ class Registry:
         if older is not None and (request.attempt <= older.request.attempt or request.key != older.request.key):
             raise Conflict(f"req_id ({_shown(req_id)}) is in flight", field="req_id")
         exempt = request.resume_inside or older is not None  # who supersedes takes no new place
-        if not exempt and not self._bound.admits(_client(request), num_sequences, told=self._told()):
+        client, now = _client(request), self._clock()
+        if not exempt and not self._bound.admits(client, num_sequences, told=self._told(), now=now):
+            self._bound.refused(client, num_sequences, now=now)
             self._usage.of(request.key).refused += 1
             waiting, most = self._num_waiting(), self._bound.max_waiting
             raise QueueFull(f"{waiting} requests are waiting (MAX_CACHED_TASK_NUM {most})")

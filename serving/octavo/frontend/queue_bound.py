@@ -4,14 +4,16 @@ The bound counts sequences that were accepted and that the engine does not run y
 sound numbers: all sequences in flight less BATCH_SIZE (no engine runs more than that), and what the engine itself last
 called waiting, as far as these sequences never gave a token (preempted ones did).
 
-One client can fill the queue but not close it: beyond MAX_CACHED_TASK_NUM whoever has less than an equal share of it
-waiting still gets in, until twice as many wait. Nobody is put out for that; who waits takes turns by client (the
-scheduler's queue), so a client beyond its share comes back under it as its own requests run.
+One client can fill the queue but not keep it: who is refused with less than an equal share of the queue waiting has a
+claim for some seconds, and meanwhile the places that become free go to clients below their share. Nobody is put out
+for that, and no more than MAX_CACHED_TASK_NUM ever wait. Who waits takes turns by client (the scheduler's queue).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+
+CLAIM_SECONDS = 10.0  # for clients that come back after Retry-After, and some time later if they are many
 
 
 class QueueBound:
@@ -23,11 +25,13 @@ class QueueBound:
         self._num_all = 0
         self._unstarted: Counter[str] = Counter()  # by client; none is 0
         self._num_unstarted = 0
+        self._claims: dict[str, float] = {}  # client to when it ends
 
     def enter(self, client: str) -> None:
         self._num_all += 1
         self._num_unstarted += 1
         self._unstarted[client] += 1
+        self._claims.pop(client, None)
 
     def start(self, client: str) -> None:
         """One of its sequences gave its first token."""
@@ -49,12 +53,23 @@ class QueueBound:
         """`told`: what the engine last called waiting."""
         return max(self._num_all - self._batch_size, min(told, self._num_unstarted), 0)
 
-    def admits(self, client: str, count: int, *, told: int) -> bool:
+    def admits(self, client: str, count: int, *, told: int, now: float) -> bool:
         """Whether a client may have `count` more sequences."""
         waiting = self.num_waiting(told)
         after = max(self._num_all + count - self._batch_size, waiting + count if waiting else 0)
-        if after <= self.max_waiting:
-            return True
-        clients = len(self._unstarted) + (client not in self._unstarted)
-        share = self.max_waiting // clients  # none of a queue with less than one place a client
-        return clients > 1 and after <= 2 * self.max_waiting and self._unstarted[client] + count <= share
+        self._claims = {name: end for name, end in self._claims.items() if end > now}
+        if self._claims.keys() - {client} and after > 0 and not self._within_share(client, count):
+            return False
+        return after <= self.max_waiting
+
+    def refused(self, client: str, count: int, *, now: float) -> None:
+        """It was not admitted: places that become free are not for clients with more waiting than it may have."""
+        if self._within_share(client, count):
+            self._claims[client] = now + CLAIM_SECONDS
+
+    def _within_share(self, client: str, count: int) -> bool:
+        """Whether it has, with `count` more, no more than an equal share waiting; of a queue with less than one place a
+        client there is none.
+        """
+        clients = {client, *self._unstarted, *self._claims}
+        return self._unstarted[client] + count <= self.max_waiting // len(clients)
