@@ -319,6 +319,18 @@ def test_an_idle_carrier_whose_receiver_is_gone_is_let_go(house: House) -> None:
     wait_for(lambda: orders.stream.num_finals == 1)
 
 
+def test_a_carrier_that_nobody_uses_is_ended(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens one and goes to sleep does not hold it for ever."""
+    monkeypatch.setattr(carriers, "IDLE_SECONDS", 0.2)
+    house.ready(rate=20.0)
+    used, idle = Orders(house, name="used"), Orders(house, name="idle")
+    used.run(1, max_dec_len=40)
+    wait_for(lambda: idle.stream.num_finals == 1)
+    wait_for(lambda: used.stream.has_ended(1))
+    assert idle.stream.last_word is None
+    wait_for(lambda: used.stream.num_finals == 1)
+
+
 def test_end_sends_what_is_pending_first(house: House) -> None:
     house.ready()
     orders = Orders(house)
@@ -333,7 +345,7 @@ def test_end_sends_what_is_pending_first(house: House) -> None:
 def test_an_order_to_a_carrier_that_is_not_there_is_an_error(house: House, op: str) -> None:
     inbox = Inbox()
     house.frontend.submit(msgspec.json.encode({"carrier": "never", "op": op, "tag": 1, "body": {}}), "", inbox)
-    assert inbox.next()["error_code"] == 503
+    assert inbox.next()["error_code"] == 400
 
 
 def test_a_message_too_large_for_the_stream_ends_its_request_only(house: House, monkeypatch) -> None:
@@ -373,7 +385,7 @@ def test_a_body_too_large_is_refused_to_its_own_request(house: House) -> None:
 def test_a_name_that_is_taken_is_not_opened_again(house: House) -> None:
     house.ready(rate=2000.0)
     orders, other = Orders(house), Orders(house)
-    assert (other.stream.num_finals, other.stream.last_word and other.stream.last_word["error_code"]) == (1, 503)
+    assert (other.stream.num_finals, other.stream.last_word and other.stream.last_word["error_code"]) == (1, 400)
     orders.run(1, max_dec_len=5)
     wait_for(lambda: orders.stream.has_ended(1))
 

@@ -17,13 +17,17 @@ import msgspec
 from octavo.frontend.sink import Sink, SinkClosed
 from octavo.protocol.answers import encode_error
 from octavo.protocol.carrier import MAX_WHOLE_BYTES, Carried, Order, carried_encoder, order_decoder
-from octavo.protocol.errors import InternalError, Unavailable
+from octavo.protocol.errors import InternalError, InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 0.5
+IDLE_SECONDS = 10.0  # without a request, until a carrier is ended here: a worker ends its own after one
 MAX_CARRIERS = 256  # far more than the workers of a gateway and what they have replaced
 _LOST = encode_error(Unavailable("the carrier is closed"), None)
+_FULL = encode_error(Unavailable("too many carriers are open"), None)
+_TAKEN = encode_error(InvalidRequest("a carrier of this name is open"), None)
+_UNKNOWN = encode_error(InvalidRequest("no carrier of this name is open"), None)
 _LEFT = "nobody waits for this request"
 BATCH_BYTES = 1 << 20  # of whole messages in one response
 
@@ -31,7 +35,8 @@ BATCH_BYTES = 1 << 20  # of whole messages in one response
 class Carrier:
     """Collects messages; `flush` sends them as one. `wake` is told when there is something to flush."""
 
-    def __init__(self, sink: Sink, *, wake: Callable[[Carrier], None]) -> None:
+    def __init__(self, sink: Sink, *, wake: Callable[[Carrier], None], now: float) -> None:
+        self.used_at = now  # execute thread and sweeper
         self._sink = sink
         self._wake = wake
         self._encode = carried_encoder().encode
@@ -171,15 +176,13 @@ class Carriers:
         except (msgspec.MsgspecError, ValueError, RecursionError):
             return False
         if order.op == "open":
-            if order.carrier in self._carriers or len(self._carriers) >= MAX_CARRIERS:
-                self._answer(sink, _LOST)
-                return True
-            self._carriers[order.carrier] = Carrier(sink, wake=self._wake)
+            self._open(order.carrier, sink)
             return True
         carrier = self._carriers.get(order.carrier)
         if carrier is None or carrier.closed:
-            self._answer(sink, b"" if order.op == "end" else _LOST)
+            self._answer(sink, b"" if order.op == "end" else _UNKNOWN)
             return True
+        carrier.used_at = self._clock()
         self._answer(sink, b"")
         if order.op == "end":
             self._carriers.pop(order.carrier, None)  # the sweeper may have found its receiver gone
@@ -187,6 +190,14 @@ class Carriers:
         else:
             self._on_request(carrier, order)
         return True
+
+    def _open(self, name: str, sink: Sink) -> None:
+        if name in self._carriers:
+            self._answer(sink, _TAKEN)
+        elif len(self._carriers) >= MAX_CARRIERS:
+            self._answer(sink, _FULL)
+        else:
+            self._carriers[name] = Carrier(sink, wake=self._wake, now=self._clock())
 
     def _on_request(self, carrier: Carrier, order: Order) -> None:
         if order.op == "carry":
@@ -209,12 +220,16 @@ class Carriers:
             sink.send(payload, True)
 
     def sweep(self) -> None:
-        """Find the carriers whose receiver is gone. Sweeper thread only."""
+        """End the carriers whose receiver is gone, or that nobody uses. Sweeper thread only."""
         now = self._clock()
         for name, carrier in list(self._carriers.items()):
             if now >= carrier.next_check:
                 carrier.next_check = now + CHECK_SECONDS
                 carrier.check()
+            if carrier.sinks:
+                carrier.used_at = now
+            elif now - carrier.used_at > IDLE_SECONDS:
+                carrier.end()
             if carrier.closed:
                 self._carriers.pop(name, None)
 
