@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 2048, 16, 32, 8, 64, 8192, 32000
 # int8 operations of one token in all products, and the bytes of weights that a step reads
@@ -49,6 +50,37 @@ def make_model(folder: Path) -> None:
     for scheme in ("w8a16", "w8a8"):
         (folder / f"{scheme}.json").write_text(json.dumps(model_config(scheme), indent=1))
     (folder / "config.json").write_text(json.dumps(model_config("w8a8"), indent=1))
+
+
+def make_float_model(folder: Path, *, num_layers: int = LAYERS) -> None:
+    """Write a bfloat16 checkpoint of the same shape, about 2.3 GB, with a tokenizer of the words t0, t1, …, once."""
+    if (folder / "config.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(20261128)
+    shapes = {name: shape for name, shape in linears().items() if _layer(name) < num_layers}
+    shapes["model.embed_tokens"] = (VOCAB, HIDDEN)
+    tensors = {f"{name}.weight": _noise(shape, generator) for name, shape in shapes.items()}
+    for name in [f"layers.{i}.{part}_layernorm" for i in range(num_layers) for part in ("input", "post_attention")]:
+        tensors[f"model.{name}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    words = Tokenizer(models.WordLevel({f"t{index}": index for index in range(VOCAB)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "t1", "eos_token": "t2"}))
+    config = {**model_config("w8a16"), "num_hidden_layers": num_layers}
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _layer(name: str) -> int:
+    """The layer of a product; -1 for the head."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
+def _noise(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
 
 
 def model_config(scheme: str) -> dict[str, object]:

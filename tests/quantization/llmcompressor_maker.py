@@ -43,13 +43,22 @@ def make(source: str, target: str, recipe: str) -> None:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    words = Tokenizer(models.WordLevel({"t0": 0}, unk_token="t0"))  # the library asks for one, the text is ids already
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (16, 64), generator=generator).tolist()
     text = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 64] * 16})
-    oneshot(model=model, dataset=text, recipe=recipes(recipe), max_seq_length=64, num_calibration_samples=16)
+    oneshot(
+        model=model,
+        processor=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0"),
+        dataset=text,
+        recipe=recipes(recipe),
+        max_seq_length=64,
+        num_calibration_samples=16,
+    )
     model.save_pretrained(target, save_compressed=True)
 
 

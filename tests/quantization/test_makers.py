@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.harness import load_harness
-from models.tiny_checkpoints import VOCAB, family_configs, make_model, reference_logits, save_model
+from models.tiny_checkpoints import VOCAB, reference_logits
 from quantization import gptqmodel_maker, llmcompressor_maker
 from quantization.format_fixtures import linears, logits_with_rounded_cache, round_per_token
 from quantization.test_kept_fp8 import Fp8Kernels, round_fp8_per_token, round_fp8_static
+from quantize.making import write_float
 
 LLMCOMPRESSOR = os.environ.get("OCTAVO_LLMCOMPRESSOR_PYTHON")
 GPTQMODEL = os.environ.get("OCTAVO_GPTQMODEL_PYTHON")
@@ -38,13 +39,11 @@ needs_gptqmodel = pytest.mark.skipif(GPTQMODEL is None, reason="no Python with g
 def made_by(python: str | None, maker: Any, tmp_path: Path, *arguments: str) -> tuple[Any, Path]:
     """The float model and the folder that the tool made of it."""
     assert python is not None
-    model = make_model(family_configs()["llama2"])
-    save_model(model, tmp_path / "float")
+    model = write_float(tmp_path / "float")
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environ |= {"CUDA_VISIBLE_DEVICES": "", "GPTQMODEL_CPU_WORKERS": "2"}  # of two cores gptqmodel takes one and fails
     command = [python, maker.__file__, str(tmp_path / "float"), str(tmp_path / "made"), *arguments]
-    done = subprocess.run(
-        command, env={**environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=600, cwd=tmp_path
-    )
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     return model, tmp_path / "made"
 

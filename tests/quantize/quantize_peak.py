@@ -15,6 +15,7 @@ from pathlib import Path
 from octavo.models.config import load_config
 from octavo.quantization.calibrate import CalibrationText
 from octavo.quantization.export import report, sweep
+from octavo.quantization.export.allocator import return_freed_blocks
 from octavo.quantization.export.options import Options
 from octavo.quantization.export.scheme_names import parse_scheme
 from quantization.peak_memory import memory
@@ -29,6 +30,7 @@ def measure(folder: Path, out: Path, *, scheme: str, num_tokens: int, ablation: 
     sequences = [[rng.randrange(vocabulary) for _ in range(SEQUENCE)] for _ in range(num_tokens // SEQUENCE)]
     text = CalibrationText(sequences, [[rng.randrange(vocabulary) for _ in range(SEQUENCE)] for _ in range(2)])
     options = Options(folder, out, parse_scheme(scheme), "text", ablation=ablation)
+    return_freed_blocks()  # as the command does
     gc.collect()
     before = memory("VmRSS")
     with contextlib.suppress(OSError):  # where the mark cannot be reset, the peak is overstated, not understated

@@ -19,6 +19,7 @@ from octavo.quantization.export.streams import BLOCK_ROWS
 from quantization.peak_memory import HIDDEN, INNER, write_large
 from quantize import quantize_peak
 
+pytestmark = pytest.mark.slow
 LAYER = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)  # bytes
 STATISTICS = 4 * (3 * HIDDEN**2 + INNER**2)
 FACTOR = (8 + 4) * INNER**2
@@ -41,11 +42,22 @@ def peak(folder: Path, *, num_layers: int, vocab: int, num_tokens: int, ablation
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.slow
-def test_the_peak_is_that_of_one_layer_whatever_grows(tmp_path: Path) -> None:
-    small = peak(tmp_path / "small", num_layers=2, vocab=4096, num_tokens=4096, ablation=False)
-    large = peak(tmp_path / "large", num_layers=8, vocab=65536, num_tokens=8192, ablation=False)
-    compared = peak(tmp_path / "compared", num_layers=2, vocab=4096, num_tokens=4096, ablation=True)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """The peak with two layers, 4096 words and 4096 tokens of text."""
+    folder = tmp_path_factory.mktemp("memory") / "small"
+    return peak(folder, num_layers=2, vocab=4096, num_tokens=4096, ablation=False)
+
+
+def test_the_peak_is_that_of_one_layer(small: int) -> None:
     assert small <= ALLOWED
+
+
+def test_the_peak_stays_when_depth_vocabulary_and_text_grow(tmp_path: Path, small: int) -> None:
+    large = peak(tmp_path / "large", num_layers=8, vocab=65536, num_tokens=8192, ablation=False)
     assert large <= small + LAYER // 2  # six layers more are 312 MiB in float32; embedding and head 480
+
+
+def test_the_peak_stays_when_variants_are_compared(tmp_path: Path, small: int) -> None:
+    compared = peak(tmp_path / "compared", num_layers=2, vocab=4096, num_tokens=4096, ablation=True)
     assert compared <= small + LAYER // 2

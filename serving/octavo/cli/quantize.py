@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from octavo.quantization.calibrate import SELF, CalibrationText, read_text, split, write_own_text
 from octavo.quantization.errors import CheckpointError
+from octavo.quantization.export.allocator import return_freed_blocks
 from octavo.quantization.export.options import Options
 from octavo.quantization.export.scheme_names import NAMES, parse_scheme
 from octavo.quantization.export.sweep import Outcome, check, quantize
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the checkpoint. Exit code 1: it cannot be made, with one line that says why."""
+    return_freed_blocks()
     try:
         options = _options(arguments)
         outcome = _make(options, arguments.held_out, progress=not arguments.quiet)
