@@ -12,7 +12,7 @@ def make(source: str, target: str, *, group_size: int, desc_act: bool, sym: bool
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    config = QuantizeConfig(bits=8, group_size=group_size, desc_act=desc_act, sym=sym)
+    config = QuantizeConfig(bits=8, group_size=group_size, desc_act=desc_act, sym=sym, act_group_aware=False)
     model = GPTQModel.load(source, config, device="cpu")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.model.config.vocab_size, (16, 64), generator=generator).tolist()

@@ -87,7 +87,7 @@ def add_rounding(model: Any, rounding: Callable[[str, Tensor], Tensor]) -> None:
 
 def errors(folder: Path, model: Any, *, kernels: Any = "reference") -> Tensor:
     """[T] the largest logit error of each row, relative to the largest logit."""
-    harness = load_harness(folder, int8_cache=False, kernels=kernels)
+    harness = load_harness(folder, int8_cache=False, kernels=kernels, dtype="float32")
     want = torch.cat([reference_logits(model, prompt) for prompt in PROMPTS])
     got = torch.cat([harness.prefill(prompt, chunk=len(prompt)) for prompt in PROMPTS])
     return (got - want).abs().amax(dim=1) / want.abs().max()
