@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from models.harness import load_harness
@@ -30,16 +31,19 @@ def big_key_bias(*, size: float) -> Any:
     return model
 
 
-def test_a_large_key_bias_breaks_naive_keys_and_not_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", ["tensor", "head"])
+def test_a_large_key_bias_breaks_naive_keys_and_not_ours(tmp_path: Path, scales: str) -> None:
     model = write_float(tmp_path / "float", model=big_key_bias(size=400.0))
     exact = reference_logits(model, HELD_TEXT)
-    naive = make(tmp_path / "float", *PLAIN, out="naive")
-    smoothed = make(tmp_path / "float", *PLAIN[:2], PLAIN[3], out="smoothed")
+    flags = ("--kv-scales", scales)
+    naive = make(tmp_path / "float", *PLAIN, *flags, out="naive")
+    smoothed = make(tmp_path / "float", *PLAIN[:2], PLAIN[3], *flags, out="smoothed")
     broken = relative(load_harness(naive).prefill(HELD_TEXT, chunk=64), exact)
     healed = relative(load_harness(smoothed).prefill(HELD_TEXT, chunk=64), exact)
     assert broken > 0.2
     assert healed < 0.06
     assert report(smoothed)["made"]["kl"] < 0.1 * report(naive)["made"]["kl"]
+    assert tensors(smoothed)["model.layers.0.self_attn.k_scale"].numel() == (1 if scales == "tensor" else 2)
 
 
 def test_the_ablation_shows_what_the_cache_costs(tmp_path: Path) -> None:
