@@ -98,14 +98,20 @@ void multiply_block(const Product& p, const Block& block) {
     multiply_rows<false>(p, block, block.part(p, index, count), block.part(p, index + 1, count), block.ahead(p, index, count));
 }
 
-// Few rows are read-bound: four panels, so four streams of weights. More rows are bound by arithmetic: 8 x 2 registers, or 2 x 2
-// tiles.
+// Panels of a task. Few rows are read-bound: four, so four streams of weights. More rows are bound by arithmetic: 8 x 2 registers. In
+// tiles eight, so that most epilogues run beside products, if there are enough tasks then.
+int64_t task_width(const Pool& pool, const Product& p, int64_t panels) {
+  constexpr int64_t kTasks = 8;  // a thread
+  const int64_t narrow = p.rows <= (p.tiles ? kTileRows : 4) ? 4 : 2;
+  return p.tiles && panels >= 8 * kTasks * pool.num_threads() ? 8 : narrow;
+}
+
 void multiply(Pool* pool, const Product& p) {
   const int64_t panels = panels_of(p.w->out_features);
-  const int64_t width = p.rows <= (p.tiles ? kTileRows : 4) ? 4 : 2;
+  const int64_t width = task_width(*pool, p, panels);
   const int64_t columns = num_tiles(panels, width);
   // A block of rows stays in the cache while all columns pass it: about a megabyte.
-  const int64_t fits = std::max<int64_t>(64, (1 << 20) / p.x_stride);
+  const int64_t fits = std::max<int64_t>(64, (5 << 18) / p.x_stride);
   const int64_t row_blocks = num_tiles(p.rows, fits);
   const int64_t tokens = p.rows / p.w->limbs;
   const int64_t panel_bytes = quads_of(p.w->in_features) * kPanel * kQuad;

@@ -18,7 +18,6 @@ struct TileBlock {
   int64_t rows;
   const int8_t* w;  // the first panel
   int64_t quads;    // of a panel
-  Ahead ahead;
 
   int64_t panel_bytes() const { return quads * kPanel * kQuad; }
 };
@@ -26,26 +25,30 @@ struct TileBlock {
 // Rows of the first of two tiles: half of them, and no token cut.
 OCTAVO_INLINE int64_t upper_rows(int64_t rows) { return (rows + 3) / 4 * 2; }
 
-// Registers made for a number of rows: sums 0 to 3, rows 4 and 5, columns 6 and 7. Made anew only if that number changes: it takes
-// as long as several products.
+// Registers made for a number of rows: sums 0 to 3, rows 4 and 5, columns 6 and 7. Making them takes as long as several products.
 class RowTiles {
  public:
-  ~RowTiles() {
-    if (rows_ > 0) release_tiles();
-  }
-
-  void make(int64_t rows) {
-    if (rows == rows_) return;
-    rows_ = rows;
+  explicit RowTiles(int64_t rows) {
     TileConfig config;
     const int64_t upper = rows <= kTileRows ? rows : upper_rows(rows), lower = rows <= kTileRows ? rows : rows - upper;
     config.rows[0] = config.rows[1] = config.rows[4] = static_cast<uint8_t>(upper);
     config.rows[2] = config.rows[3] = config.rows[5] = static_cast<uint8_t>(lower);
     configure_tiles(config);
   }
+  ~RowTiles() { release_tiles(); }
+};
 
- private:
-  int64_t rows_ = 0;
+// A block's byte rows in parts of one size, so that one making of the registers serves all. Where they do not come out even, the last
+// part begins with rows of the one before, which nobody writes.
+struct Parts {
+  int64_t first, last, count, size;
+
+  Parts(const Product& p, const Block& block)
+      : first(block.first), last(block.last), count(block.num_parts(p, 2 * kTileRows)),
+        size(num_tiles((last - first) / p.w->limbs, count) * p.w->limbs) {}
+
+  int64_t begin(int64_t index) const { return std::min(first + index * size, last - size); }
+  int64_t repeated() const { return count * size - (last - first); }
 };
 
 // One step of 16 quads: T row tiles times C panels, `panel_bytes` apart, 1 x 4, 1 x 2 or 2 x 2.
@@ -68,22 +71,31 @@ OCTAVO_INLINE void dot_step(const TileBlock& block, const uint8_t* x, const int8
   }
 }
 
-// Fetches what a later step reads: of these weights if they pass once, else a share of those that come next.
-template <int C, bool kOnce>
-OCTAVO_INLINE void fetch_step(const TileBlock& block, int64_t quad) {
+// Fetches weights that pass once three steps ahead, at their end those that come next.
+template <int C>
+OCTAVO_INLINE void fetch_near(const TileBlock& block, int64_t quad, const int8_t* next) {
   constexpr int64_t kQuadBytes = kPanel * kQuad, kNear = 3 * kTileQuads;
-  if constexpr (kOnce) {
-    const int64_t at = quad + kNear;
-    const int8_t* from = at < block.quads ? block.w + at * kQuadBytes : block.ahead.next + (at - block.quads) * kQuadBytes;
+  const int64_t at = quad + kNear;
+  const int8_t* from = at < block.quads ? block.w + at * kQuadBytes : next + (at - block.quads) * kQuadBytes;
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
+  for (int c = 0; c < C; ++c)
 #pragma GCC unroll 16
-      for (int line = 0; line < kTileQuads; ++line) __builtin_prefetch(from + (c * block.quads + line) * kQuadBytes, 0, 3);
-  } else {
-    const int8_t* from = block.ahead.next + quad * block.ahead.step;
-    for (int64_t at = 0; at < kTileQuads * block.ahead.step; at += 64) __builtin_prefetch(from + at, 0, 2);
-  }
+    for (int line = 0; line < kTileQuads; ++line) __builtin_prefetch(from + (c * block.quads + line) * kQuadBytes, 0, 3);
 }
+
+// Fetches the weights that come next into the second cache, some at every step.
+class FarFetch {
+ public:
+  FarFetch(const int8_t* next, int64_t bytes, int64_t steps) : at_(next), end_(next + bytes), each_(num_tiles(bytes, 64 * steps) * 64) {}
+
+  void step() {
+    for (const int8_t* stop = std::min(end_, at_ + each_); at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const int8_t *at_, *end_;
+  int64_t each_;
+};
 
 // The last quads [quad, last), fewer than a step: the columns are copied beside zeros.
 template <int T, int C>
@@ -95,84 +107,142 @@ void dot_rest(const TileBlock& block, int64_t quad, int64_t last) {
   dot_step<T, C>(block, block.x + quad * kQuad, columns[0], sizeof(columns[0]));
 }
 
-// S of the block over the quads [first, last), to sums[rows][C · 16].
-template <int T, int C, bool kOnce>
-OCTAVO_INLINE void sum_tiles(const TileBlock& block, int64_t first, int64_t last, int32_t* sums) {
+// S of the block over the quads [first, last), to sums[rows][C · 16]. `aside(quad)` is called before every step.
+template <int T, int C, typename Aside>
+OCTAVO_INLINE void sum_tiles(const TileBlock& block, int64_t first, int64_t last, int32_t* sums, Aside&& aside) {
+  constexpr int64_t kStride = C * kPanel * sizeof(int32_t);
   zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   int64_t quad = first;
   for (; quad + kTileQuads <= last; quad += kTileQuads) {
-    fetch_step<C, kOnce>(block, quad);
+    aside(quad);
     dot_step<T, C>(block, block.x + quad * kQuad, block.w + quad * kPanel * kQuad, block.panel_bytes());
   }
   if (quad < last) dot_rest<T, C>(block, quad, last);
-  constexpr int64_t kStride = C * kPanel * sizeof(int32_t);
-  store_tile<0>(sums, kStride);
-  store_tile<1>(sums + kPanel, kStride);
+  store_tile<0>(sums, kStride), store_tile<1>(sums + kPanel, kStride);
   if constexpr (T * C == 4) {
     int32_t* rest = T == 2 ? sums + upper_rows(block.rows) * C * kPanel : sums + 2 * kPanel;
-    store_tile<2>(rest, kStride);
-    store_tile<3>(rest + kPanel, kStride);
+    store_tile<2>(rest, kStride), store_tile<3>(rest + kPanel, kStride);
   }
 }
 
-// Where a block's outputs are: its first byte row and panel.
-struct Outputs {
-  int64_t row, panel;
+// Sums of some rows and C panels that wait for their epilogue. It goes on a few tokens at a time between the products that come
+// next, which leave the vector units idle. L byte rows a token.
+template <int C, int L>
+class Epilogue {
+ public:
+  explicit Epilogue(const Product& p) : p_(p) {}
+
+  // Byte rows [row, end) of `sums` [..][C · 16] are next, after what is left of those before.
+  void begin(const int32_t* sums, int64_t row, int64_t end, int64_t panel) {
+    finish();
+    sums_ = sums, row_ = row, end_ = end, panel_ = panel;
+  }
+
+  void advance(int64_t rows) {
+    for (const int64_t stop = std::min(end_, row_ + rows); row_ < stop; row_ += L, sums_ += L * C * kPanel)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        const int64_t column = (panel_ + c) * kPanel;
+        octavo::finish(p_, scaled<L>(p_, sums_ + c * kPanel, C * kPanel, row_, column, 0), row_ / L, column);
+      }
+  }
+
+  void finish() { advance(end_ - row_); }
+
+ private:
+  const Product& p_;
+  const int32_t* sums_ = nullptr;
+  int64_t row_ = 0, end_ = 0, panel_ = 0;
 };
+
+OCTAVO_INLINE const int8_t* panel_of(const Product& p, int64_t panel) { return p.w->packed + panel * quads_of(p.w->in_features) * kPanel * kQuad; }
+
+OCTAVO_INLINE TileBlock tile_block(const Product& p, int64_t row, int64_t rows, int64_t panel) {
+  return {p.x + row * p.x_stride, p.x_stride, rows, panel_of(p, panel), quads_of(p.w->in_features)};
+}
+
+// A block, C panels and a part of the rows at a time.
+template <int T, int C, int L>
+void multiply_columns(const Product& p, const Block& block) {
+  alignas(64) int32_t sums[2][T * kTileRows * C * kPanel];
+  const Parts parts(p, block);
+  const int64_t quads = quads_of(p.w->in_features), steps = std::max<int64_t>(1, quads / kTileQuads);
+  const int64_t each = num_tiles(parts.size / L, steps) * L, end = block.panel + block.panels;
+  Epilogue<C, L> epilogue(p);
+  const RowTiles registers(parts.size);
+  int turn = 0;
+  for (int64_t panel = block.panel; panel < end; panel += C) {
+    const int8_t* next = panel + C < end ? panel_of(p, panel + C) : block.next;
+    FarFetch far(next, C * quads * kPanel * kQuad, parts.count * steps);
+    for (int64_t index = 0; index < parts.count; ++index, turn ^= 1) {
+      const int64_t begin = parts.begin(index);
+      const TileBlock part = tile_block(p, begin, parts.size, panel);
+      sum_tiles<T, C>(part, 0, quads, sums[turn], [&](int64_t quad) {
+        if (parts.count == 1) fetch_near<C>(part, quad, next);
+        else far.step();
+        epilogue.advance(each);
+      });
+      const int64_t repeated = index + 1 == parts.count ? parts.repeated() : 0;
+      epilogue.begin(sums[turn] + repeated * C * kPanel, begin + repeated, begin + parts.size, panel);
+    }
+  }
+  epilogue.finish();
+}
 
 // u of a group, added to those before it in `total`; after the last group y.
 template <int C, int L>
-OCTAVO_INLINE void finish_group(const Product& p, const Outputs& at, int64_t rows, int64_t group, const int32_t* sums, float* total) {
+OCTAVO_INLINE void finish_group(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t group, const int32_t* sums,
+                                float* total) {
   const int64_t groups = p.w->num_groups;
   for (int64_t r = 0; r < rows; r += L)
     for (int c = 0; c < C; ++c) {
       float* so_far = total + (r / L * C + c) * kPanel;
-      f32x16 u = scaled<L>(p, sums + (r * C + c) * kPanel, C * kPanel, at.row + r, (at.panel + c) * kPanel, group);
-      if (groups > 1) u = (group > 0 ? load(so_far) : f32x16{}) + u;
+      f32x16 u = scaled<L>(p, sums + (r * C + c) * kPanel, C * kPanel, row + r, (panel + c) * kPanel, group);
+      u = (group > 0 ? load(so_far) : f32x16{}) + u;
       if (group + 1 < groups) store(so_far, u);
-      else finish(p, u, (at.row + r) / L, (at.panel + c) * kPanel);
+      else finish(p, u, (row + r) / L, (panel + c) * kPanel);
     }
 }
 
-// y of C panels and the block's rows; L byte rows a token.
-template <int T, int C, int L, bool kOnce>
-void multiply_tiles(const Product& p, const TileBlock& block, const Outputs& at) {
+// The same with weights in groups, each of which has an epilogue of its own.
+template <int T, int C, int L>
+void multiply_groups(const Product& p, const Block& block) {
   alignas(64) int32_t sums[T * kTileRows * C * kPanel];
   alignas(64) float total[T * kTileRows / L * C * kPanel];
-  const int64_t each = block.quads / p.w->num_groups;
-  for (int64_t group = 0; group < p.w->num_groups; ++group) {
-    sum_tiles<T, C, kOnce>(block, group * each, (group + 1) * each, sums);
-    finish_group<C, L>(p, at, block.rows, group, sums, total);
+  const Parts parts(p, block);
+  const int64_t groups = p.w->num_groups, quads = quads_of(p.w->in_features), each = quads / groups, end = block.panel + block.panels;
+  const RowTiles registers(parts.size);
+  for (int64_t panel = block.panel; panel < end; panel += C) {
+    const int8_t* next = panel + C < end ? panel_of(p, panel + C) : block.next;
+    FarFetch far(next, C * quads * kPanel * kQuad, parts.count * std::max<int64_t>(1, each / kTileQuads) * groups);
+    for (int64_t index = 0; index < parts.count; ++index) {
+      const int64_t begin = parts.begin(index), repeated = index + 1 == parts.count ? parts.repeated() : 0;
+      const TileBlock part = tile_block(p, begin, parts.size, panel);
+      for (int64_t group = 0; group < groups; ++group) {
+        sum_tiles<T, C>(part, group * each, (group + 1) * each, sums, [&](int64_t quad) {
+          if (parts.count == 1) fetch_near<C>(part, quad, next);
+          else far.step();
+        });
+        finish_group<C, L>(p, begin + repeated, parts.size - repeated, panel, group, sums + repeated * C * kPanel, total);
+      }
+    }
   }
 }
 
-// The same with the run-time numbers of limbs and panels. More than one tile of rows takes two panels.
-template <bool kOnce>
-void multiply_tiles(const Product& p, const TileBlock& block, const Outputs& at, int64_t panels) {
-  const bool two = p.w->limbs == 2;
-  if (block.rows > kTileRows) return (two ? multiply_tiles<2, 2, 2, kOnce> : multiply_tiles<2, 2, 1, kOnce>)(p, block, at);
-  if (panels == 4) return (two ? multiply_tiles<1, 4, 2, kOnce> : multiply_tiles<1, 4, 1, kOnce>)(p, block, at);
-  return (two ? multiply_tiles<1, 2, 2, kOnce> : multiply_tiles<1, 2, 1, kOnce>)(p, block, at);
+template <int T, int C>
+void multiply_panels(const Product& p, const Block& block) {
+  if (p.w->num_groups > 1) return (p.w->limbs == 2 ? multiply_groups<T, C, 2> : multiply_groups<T, C, 1>)(p, block);
+  return (p.w->limbs == 2 ? multiply_columns<T, C, 2> : multiply_columns<T, C, 1>)(p, block);
 }
 
-// A part of a block's rows.
-OCTAVO_INLINE TileBlock tile_block(const Product& p, const Block& block, int64_t index, int64_t count) {
-  const int64_t begin = block.part(p, index, count), end = block.part(p, index + 1, count), quads = quads_of(p.w->in_features);
-  const int8_t* w = p.w->packed + block.panel * quads * kPanel * kQuad;
-  return {p.x + begin * p.x_stride, p.x_stride, end - begin, w, quads, count == 1 ? Ahead{block.next, 0} : block.ahead(p, index, count)};
-}
-
-// A block in tile registers.
+// A block in tile registers. More than one tile of rows takes two panels at a time, fewer take four as long as there are four.
 inline void multiply_in_tiles(const Product& p, const Block& block) {
-  const int64_t count = block.num_parts(p, 2 * kTileRows);
-  RowTiles registers;
-  for (int64_t index = 0; index < count; ++index) {
-    const TileBlock part = tile_block(p, block, index, count);
-    const Outputs at = {block.part(p, index, count), block.panel};
-    registers.make(part.rows);
-    if (count == 1) multiply_tiles<true>(p, part, at, block.panels);
-    else multiply_tiles<false>(p, part, at, block.panels);
-  }
+  if (block.last - block.first > kTileRows) return multiply_panels<2, 2>(p, block);
+  const int64_t fours = block.panels / 4 * 4;
+  if (fours == block.panels) return multiply_panels<1, 4>(p, block);
+  const int64_t rest = block.panel + fours;
+  if (fours > 0) multiply_panels<1, 4>(p, {block.first, block.last, block.panel, fours, panel_of(p, rest)});
+  multiply_panels<1, 2>(p, {block.first, block.last, rest, block.panels - fours, block.next});
 }
 
 }  // namespace octavo
