@@ -28,7 +28,7 @@ from meter import CONTEXT, Ceilings, Meter, memory_mib, processor
 from products import compare
 from standard_model import VOCAB, make_model
 
-from octavo.engine.core import EngineCore, default_budget, make_scheduler
+from octavo.engine.core import EngineCore, scheduler_for
 from octavo.engine.load import load_runner
 from octavo.protocol.messages import SamplingParams, Submit
 from octavo.settings import with_overrides
@@ -66,9 +66,7 @@ class Engine:
         began = time.perf_counter()
         runner = load_runner(settings, lambda stage, fraction: None)
         seconds = time.perf_counter() - began
-        budget = settings.max_num_batched_tokens or default_budget(runner.info)
-        scheduler = make_scheduler(runner.info, max_num_batched_tokens=budget, prefix_cache=False)
-        return cls(EngineCore(scheduler, runner, time.monotonic), seconds)
+        return cls(EngineCore(scheduler_for(settings, runner.info), runner, time.monotonic), seconds)
 
     def add(self, prompt: int, output: int) -> int:
         """Queue a random prompt; returns its id."""

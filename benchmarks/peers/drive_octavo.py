@@ -25,13 +25,11 @@ class Octavo(SteppedPeer):
             }
         )
         set_thread_environ(settings)
-        from octavo.engine.core import EngineCore, default_budget, make_scheduler
+        from octavo.engine.core import EngineCore, scheduler_for
         from octavo.engine.load import load_runner
 
         runner = load_runner(settings, lambda stage, fraction: None)
-        budget = settings.max_num_batched_tokens or default_budget(runner.info)
-        scheduler = make_scheduler(runner.info, max_num_batched_tokens=budget, prefix_cache=False)
-        self._core = EngineCore(scheduler, runner, time.monotonic)
+        self._core = EngineCore(scheduler_for(settings, runner.info), runner, time.monotonic)
         self._next = 0
         self.engine = self
         gc.collect()

@@ -23,6 +23,7 @@ from octavo.settings import Settings
 
 log = logging.getLogger(__name__)
 
+IDLE_TOKENS = 512  # of prompts in a step that delays no next token, unless a setting bounds steps
 Clock = Callable[[], float]  # seconds of a monotonic clock
 
 
@@ -33,6 +34,7 @@ def make_scheduler(
     prefix_cache: bool,
     speculation: str = "none",
     speculation_tokens: int = 8,
+    max_idle_tokens: int = 0,
 ) -> Scheduler:
     """A scheduler over the cache that the runner has."""
     limits = Limits(
@@ -42,6 +44,7 @@ def make_scheduler(
         vocab_size=info.vocab_size,
         speculation=speculation == "ngram",
         max_draft_tokens=speculation_tokens,
+        max_idle_tokens=max_idle_tokens,
     )
     return Scheduler(BlockPool(info.num_blocks, prefix_cache=prefix_cache), limits)
 
@@ -54,6 +57,7 @@ def scheduler_for(settings: Settings, info: EngineInfo) -> Scheduler:
         prefix_cache=settings.prefix_cache,
         speculation=settings.speculation,
         speculation_tokens=settings.speculation_tokens,
+        max_idle_tokens=0 if settings.max_num_batched_tokens else IDLE_TOKENS,
     )
 
 

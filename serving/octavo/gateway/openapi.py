@@ -12,6 +12,11 @@ Schema = dict[str, object]
 
 _INTEGER: Schema = {"type": "integer"}
 _STRING: Schema = {"type": "string"}
+_EVENT: Schema = {  # one server-sent event of a stream; the last one's data is [DONE]
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
 _MAYBE: Schema = {"type": ["string", "null"]}
 _NATIVE_ERROR: Schema = {
     "type": "object",
@@ -93,10 +98,10 @@ def generation(route: str, *, native: Schema | None) -> Schema:
     ours = openai.request_schema(route)
     answer = _CHAT_ANSWER if route == openai.CHAT else _TEXT_ANSWER
     if native is None:
-        return _extra(ours, {"application/json": answer, "text/event-stream": _STRING})
+        return _extra(ours, {"application/json": answer, "text/event-stream": _EVENT})
     answers: Schema = {
         "application/json": {"anyOf": [answer, _NATIVE_ANSWER]},
-        "text/event-stream": _STRING,
+        "text/event-stream": _EVENT,
         "application/x-ndjson": _NATIVE_ANSWER,
     }
     return _extra({"anyOf": [ours, native]}, answers)

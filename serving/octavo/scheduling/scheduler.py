@@ -21,6 +21,7 @@ from octavo.protocol.messages import EngineStats, SequenceOutput, Submit, TokenL
 from octavo.scheduling.block_pool import BLOCK_SIZE, BlockPool, extend_digests, num_blocks_for
 from octavo.scheduling.drafting import Drafting
 from octavo.scheduling.holdings import Holdings
+from octavo.scheduling.idle_chunk import IdleChunk
 from octavo.scheduling.plan import PENDING, Sampled, SequenceStep, StepPlan, StepResult
 from octavo.scheduling.sequence import Sequence, State, from_submit
 from octavo.scheduling.waiting import WaitingQueue
@@ -39,6 +40,7 @@ class Limits:
     vocab_size: int
     speculation: bool = False  # of sequences that do not say it themselves
     max_draft_tokens: int = 8
+    max_idle_tokens: int = 0  # of a step in which nobody waits for a next token, if that is more
 
 
 @dataclass(slots=True)
@@ -80,6 +82,7 @@ class Scheduler:
         self._arrivals = 0
         self._counters = _Counters()
         self._drafting = Drafting(pool, most=limits.max_draft_tokens)
+        self._idle_chunk = IdleChunk(least=limits.max_num_batched_tokens, most=limits.max_idle_tokens)
         self._num_speculating = 0  # of the sequences that have not finished
 
     # ---- coming and going
@@ -171,10 +174,9 @@ class Scheduler:
             return None
         plan = StepPlan(self._step_id + 1)
         current = _InFlight(plan, [])
-        budget = self.limits.max_num_batched_tokens
         prompts, short = self._plan_decodes(current)
         num_decodes = len(current.members)
-        budget -= num_decodes
+        budget = self.limits.max_num_batched_tokens - num_decodes if num_decodes else self._idle_chunk.tokens
         for seq in prompts:
             if budget and seq.state is State.RUNNING:
                 budget -= self._plan(current, seq, most=budget)
@@ -310,6 +312,7 @@ class Scheduler:
         assert len(result.sampled) == len(result.prompt_logprobs) == len(members), "the result does not fit the plan"
         outputs: list[SequenceOutput] = []
         self._counters.steps += 1
+        self._idle_chunk.measured(plan.num_tokens, result.seconds)
         if oldest.is_uniform and self._num_speculating:
             self._drafting.measured(plan.num_tokens, result.seconds)
         for seq, step, sampled, entries in zip(members, plan.sequences, result.sampled, result.prompt_logprobs):
