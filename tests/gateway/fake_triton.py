@@ -141,7 +141,7 @@ class FakeTriton:
         self.aborts: list[str] = []
         self.cancelled: list[str] = []
         self.orders: list[dict] = []  # to carriers
-        self._running: dict[str, asyncio.Event] = {}
+        self._running: dict[str, tuple[dict, asyncio.Event]] = {}
         self._server: grpc.aio.Server | None = None
         self.reset()
 
@@ -203,10 +203,7 @@ class FakeTriton:
         op, answer = request["op"], {}
         if op == "abort":
             self.aborts.append(request["req_id"])
-            event = self._running.get(request["req_id"])
-            answer = {"req_id": request["req_id"], "aborted": event is not None}
-            if event is not None:
-                event.set()
+            answer = {"req_id": request["req_id"], "aborted": self._abort(request)}
         elif op == "info":
             answer = {"state": self.state, "reason": "", "model": {"context_length": CONTEXT}, "engine": None}
             answer |= self.info
@@ -218,6 +215,14 @@ class FakeTriton:
             answer = {"text": "".join(map(chr, request["tokens"]))}
         yield json.dumps(answer).encode(), True
 
+    def _abort(self, order: dict) -> bool:
+        """As the front end does: an order that names an owner is for that owner's request alone."""
+        request, aborted = self._running.get(order["req_id"], ({}, None))
+        if aborted is None or order.get("owner") not in (None, request.get("owner")):
+            return False
+        aborted.set()
+        return True
+
     async def _generate(self, request: dict) -> AsyncIterator[tuple[bytes, bool]]:
         self.requests.append(request)
         req_id = request["req_id"]
@@ -226,7 +231,7 @@ class FakeTriton:
         except InvalidRequest as error:
             yield encode_error(error, req_id), True
             return
-        aborted = self._running[req_id] = asyncio.Event()
+        mine = self._running[req_id] = (request, aborted := asyncio.Event())
         break_at = self.breaks.pop(0) if self.breaks else None
         sent = 0
         try:
@@ -252,7 +257,8 @@ class FakeTriton:
             self.cancelled.append(req_id)
             raise
         finally:
-            self._running.pop(req_id, None)
+            if self._running.get(req_id) is mine:
+                del self._running[req_id]
 
     def _messages(self, request: dict) -> list[dict]:
         """All messages of a request, the choices taking turns."""
