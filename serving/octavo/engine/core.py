@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from msgspec.structs import replace
-
 from octavo.engine.interface import Runner, RunnerError, StepOutOfMemory
 from octavo.protocol.messages import EngineInfo, EngineStats, SequenceOutput, Submit
 from octavo.scheduling.block_pool import BlockPool
@@ -127,7 +125,6 @@ class EngineCore:
     step_deadline: float = 0.0  # of the oldest submitted step; 0: idle
     _submitted: deque[_Submitted] = field(default_factory=deque)
     _step_started: float = 0.0
-    _num_passed_over: int = 0  # sequences that the last plan left waiting
 
     @property
     def has_work(self) -> bool:
@@ -157,7 +154,6 @@ class EngineCore:
         """Plan and submit a step; wait for the oldest one if two are under way or nothing more can be planned."""
         plan = self.scheduler.schedule(self.clock()) if len(self._submitted) < MAX_IN_FLIGHT else None
         if plan is not None:
-            self._num_passed_over = self.scheduler.num_waiting
             self._submit(plan)
         if self._submitted and (plan is None or len(self._submitted) == MAX_IN_FLIGHT):
             return self._collect()
@@ -204,11 +200,6 @@ class EngineCore:
             self.step_deadline = 0.0
 
     def stats(self) -> EngineStats:
-        """Counters and gauges; an idle loop's progress is now.
-
-        Nobody counts as waiting whom no plan passed over: asked between a submit and the next plan, that would be a
-        whole burst for which there may be slots, and new requests would be refused for it.
-        """
+        """Counters and gauges; an idle loop's progress is now."""
         progress = self.last_progress if self._submitted else self.clock()
-        stats = self.scheduler.stats(last_progress=progress, step_deadline=self.step_deadline)
-        return replace(stats, num_waiting=min(stats.num_waiting, self._num_passed_over))
+        return self.scheduler.stats(last_progress=progress, step_deadline=self.step_deadline)

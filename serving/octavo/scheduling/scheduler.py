@@ -80,6 +80,7 @@ class Scheduler:
         self._in_flight: deque[_InFlight] = deque()
         self._step_id = 0
         self._arrivals = 0
+        self._num_passed_over = 0  # sequences that the last plan left waiting
         self._counters = _Counters()
         self._drafting = Drafting(pool, most=limits.max_draft_tokens)
         self._idle_chunk = IdleChunk(least=limits.max_num_batched_tokens, most=limits.max_idle_tokens)
@@ -90,10 +91,6 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
 
     @property
     def num_in_flight(self) -> int:
@@ -190,6 +187,7 @@ class Scheduler:
                 current.members, plan.sequences, room=budget, spare=len(self._running)
             )
         self._step_id += 1
+        self._num_passed_over = len(self._waiting)
         self._in_flight.append(current)
         fresh = {step.slot for step in plan.sequences if step.fresh}
         plan.evicted_slots = self._holdings.hand_over_evicted(but=fresh)
@@ -430,11 +428,16 @@ class Scheduler:
     # ---- looking in
 
     def stats(self, *, last_progress: float = 0.0, step_deadline: float = 0.0) -> EngineStats:
+        """Counters and gauges.
+
+        Nobody counts as waiting whom no plan passed over: asked between a submit and the next plan, that would be a
+        whole burst for which there may be slots, and new requests would be refused for it.
+        """
         counters, pool = self._counters, self.pool
         return EngineStats(
             steps=counters.steps,
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_waiting=min(len(self._waiting), self._num_passed_over),
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
             num_used_blocks=pool.num_used,
