@@ -119,6 +119,13 @@ class Victim:
         self.wait_ready(seconds=seconds)
         return time.monotonic() - began
 
+    def serve_one(self) -> None:
+        """A short request that ends well, and the time node may need to hear of it."""
+        body = {"text": "hello, llm", "max_dec_len": 4}
+        answer = self._http.post(f"{self.server.gateway}/v1/chat/completions", json=body, timeout=30)
+        assert answer.status_code == 200, answer.text
+        time.sleep(0.6)
+
     def regions(self) -> list[str]:
         return [entry.name for entry in Path("/dev/shm").iterdir() if entry.name.startswith(self.prefix)]
 
