@@ -179,10 +179,16 @@ def test_a_crowd_that_decodes_has_the_bits_of_each_alone(
             assert torch.equal(crowd.result(i), alone.result(0)), length
 
 
-def test_both_instruction_sets_give_the_same_bits(make_kernels: MakeKernels) -> None:
-    wide, narrow = (fed(make_kernels(v, 2), heads_of(6, 2, 80), [300, 7]) for v in ("avx512", "avx2"))
-    assert torch.equal(wide.result(0), narrow.result(0))
-    assert torch.equal(wide.result(1), narrow.result(1))
+@pytest.mark.parametrize("variants", [("avx512", "avx2"), ("amx", "avx512")])
+@pytest.mark.parametrize(
+    "shape", [(6, 2, 80, None), (4, 2, 64, None), (4, 1, 64, 150), (7, 1, 128, None), (2, 2, 256, 70)]
+)
+def test_instruction_sets_give_the_same_bits(
+    make_kernels: MakeKernels, variants: tuple[str, str], shape: tuple[int, int, int, int | None]
+) -> None:
+    one, other = (fed(make_kernels(variant, 2), heads_of(*shape), [600, 7, 130]) for variant in variants)
+    for i in range(3):
+        assert torch.equal(one.result(i), other.result(i)), i
 
 
 def test_a_window_of_one_sees_only_the_token_itself(every: Kernels) -> None:

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "attention_float.h"
-#include "attention_int8.h"
+#include "attention_tiles.h"
 
 namespace octavo {
 namespace {
@@ -59,12 +59,12 @@ struct Partials {
 };
 
 constexpr int64_t kSegment = kTile * kTilesPerSegment;
-constexpr int64_t kTargetRows = 64;   // of a unit: enough that reading a tile costs nothing, few enough for the first cache
 constexpr int64_t kTargetUnits = 4;   // per thread: fewer kv heads a unit before there are fewer units
 
-std::vector<Unit> make_units(const Call& call, int num_threads) {
+// `target`: rows of a unit, enough that reading a tile costs nothing and few enough for the cache.
+std::vector<Unit> make_units(const Call& call, int num_threads, int64_t target) {
   std::vector<Unit> units;
-  const int64_t step = std::max<int64_t>(1, kTargetRows / call.group()), kv_heads = call.cache.kv_heads;
+  const int64_t step = std::max<int64_t>(1, target / call.group()), kv_heads = call.cache.kv_heads;
   const int64_t spare = std::max<int64_t>(1, call.num_sequences * kv_heads / (kTargetUnits * num_threads));
   for (int64_t sequence = 0; sequence < call.num_sequences; ++sequence) {
     const int64_t stop = call.query_start[sequence + 1];
@@ -72,7 +72,7 @@ std::vector<Unit> make_units(const Call& call, int num_threads) {
       const int64_t num_rows = std::min(step, stop - row);
       const int64_t lowest = call.window == 0 ? 0 : std::max<int64_t>(0, call.positions[row] - call.window + 1);
       const int64_t last = call.positions[row + num_rows - 1] / kSegment + 1;
-      const int64_t heads = std::max<int64_t>(1, std::min(spare, kTargetRows / (num_rows * call.group())));
+      const int64_t heads = std::max<int64_t>(1, std::min(spare, target / (num_rows * call.group())));
       for (int64_t head = 0; head < kv_heads; head += heads)
         units.push_back({sequence, head, std::min(heads, kv_heads - head), row, num_rows, lowest / kSegment, last, -1});
     }
@@ -165,27 +165,24 @@ void find_spans(const Call& call, const Place& at, RowState& state, int64_t* fir
 }
 
 template <typename Tile>
-void run_tile(const Call& call, const Place& at, const Place& next, RowState& state) {
+void run_tile(const Call& call, const Place& at, const Place& next, typename Tile::State& state) {
   int64_t first, last;
   find_spans(call, at, state, &first, &last);
   if (first >= last) return;
-  const TileView view = view_tile(call, at, next);
-  for (int64_t row = first; row < last; row += Tile::kRows)
-    with_constant<Tile::kRows>(std::min<int64_t>(Tile::kRows, last - row), [&](auto count) {
-      Tile::template run<decltype(count)::value>(state, row, view, call.cache);
-    });
+  Tile::run_rows(state, first, last, view_tile(call, at, next), call.cache);
 }
 
 // All kv heads of the unit; the next tile's first one comes after the last.
 template <typename Tile>
-void run_heads(const Call& call, const Unit& unit, int64_t tile, const Place& after, RowState& state) {
+void run_heads(const Call& call, const Unit& unit, int64_t tile, const Place& after, typename Tile::State& state) {
   for (int64_t head = 0; head < unit.kv_heads; ++head)
     run_tile<Tile>(call, {&unit, tile, head}, head + 1 < unit.kv_heads ? Place{&unit, tile, head + 1} : after, state);
 }
 
 // `after`: what the thread reads once it is done.
 template <typename Tile>
-void run_part(const Call& call, const Unit& unit, const Part& part, const Place& after, const Partials& partials, RowState& state) {
+void run_part(const Call& call, const Unit& unit, const Part& part, const Place& after, const Partials& partials,
+              typename Tile::State& state) {
   const int64_t rows = unit.rows(call.group()), width = call.cache.width(), head_dim = call.cache.head_dim;
   const int64_t segments = unit.last_segment - unit.first_segment;
   const int64_t last_seen = call.positions[unit.row + unit.num_rows - 1] / kTile;
@@ -234,7 +231,7 @@ void fold_unit(const Call& call, const Unit& unit, const Partials& partials) {
 
 template <typename Tile>
 void attend(Pool* pool, const Call& call) {
-  std::vector<Unit> units = make_units(call, pool->num_threads());
+  std::vector<Unit> units = make_units(call, pool->num_threads(), Tile::kTargetRows);
   std::vector<Part> parts;
   const int64_t num_partials = make_parts(call, pool->num_threads(), units, parts);
   Partials partials;
@@ -244,7 +241,8 @@ void attend(Pool* pool, const Call& call) {
   }
   const int64_t num_parts = static_cast<int64_t>(parts.size());
   parallel_for(pool, num_parts, [&](int64_t i, int thread) {
-    RowState& state = *reinterpret_cast<RowState*>(pool->scratch(thread, sizeof(RowState)));
+    using State = typename Tile::State;
+    State& state = *reinterpret_cast<State*>(pool->scratch(thread, sizeof(State)));
     const Unit& unit = units[parts[i].unit];
     const Part& after = parts[std::min(i + 1, num_parts - 1)];
     run_part<Tile>(call, unit, parts[i], {&units[after.unit], after.first_segment * kTilesPerSegment, 0}, partials, state);
@@ -282,7 +280,7 @@ OCTAVO_API void octavo_attention(Pool* pool, const float* q, float* out, const i
                      {k, v, k_scales, v_scales, kv_heads, head_dim, static_cast<CacheType>(type)}};
   switch (type) {
     case kInt8:
-      return attend<Int8Tile>(pool, call);
+      return pool->has_tiles() && head_dim % 64 == 0 ? attend<TiledInt8>(pool, call) : attend<Int8Tile>(pool, call);
     case kFloat32:
       return attend<FloatTile<float>>(pool, call);
     case kBFloat16:

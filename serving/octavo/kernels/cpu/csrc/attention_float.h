@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_dots.h"
 #include "attention_state.h"
 
 namespace octavo {
@@ -18,6 +17,8 @@ constexpr int kFloatRegisters = 2;
 
 template <typename T>
 struct FloatTile {
+  using State = RowState;
+  static constexpr int64_t kTargetRows = 64;
   static constexpr int kRows = 4;
 
   static void prepare(RowState& state, int64_t row, const float* x, int64_t head_dim, float scale) {
@@ -32,6 +33,10 @@ struct FloatTile {
     for (int r = 0; r < R; ++r) whole = whole && is_whole(state.span[first + r]);
     if (whole || R == 1) return run_alike<R>(state, first, tile, cache);
     for (int r = 0; r < R; ++r) run_alike<1>(state, first + r, tile, cache);
+  }
+
+  static void run_rows(RowState& state, int64_t first, int64_t last, const TileView& tile, const CacheView& cache) {
+    by_rows<FloatTile>(state, first, last, tile, cache);
   }
 
  private:

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_dots.h"
 #include "attention_state.h"
 
 namespace octavo {
@@ -24,6 +23,8 @@ OCTAVO_INLINE i16x16 to_int16(i32x16 v) {
 }
 
 struct Int8Tile {
+  using State = RowState;
+  static constexpr int64_t kTargetRows = 64;
   static constexpr int kRows = kDotRows;
 
   // Row `x` [head_dim] → q15 and its scale.
@@ -48,11 +49,7 @@ struct Int8Tile {
     alignas(64) int16_t weights[R * kTile];
     float weight_scale[R];
     Sum sums[R];
-    Span all = state.span[first];
-    for (int r = 1; r < R; ++r) {
-      all.low = std::min(all.low, state.span[first + r].low);
-      all.high = std::max(all.high, state.span[first + r].high);
-    }
+    const Span all = all_spans(state, first, first + R);
     fetch_rest(tile, all, cache);
     score<R>(queries(state) + first * cache.head_dim, tile, all, cache.head_dim, scores);
     for (int r = 0; r < R; ++r)
@@ -61,9 +58,24 @@ struct Int8Tile {
     gather<R>(state, first, tile, all, cache.width(), weights, weight_scale, sums);
   }
 
- private:
+  static void run_rows(RowState& state, int64_t first, int64_t last, const TileView& tile, const CacheView& cache) {
+    by_rows<Int8Tile>(state, first, last, tile, cache);
+  }
+
   static const int8_t* bytes(const char* p) { return reinterpret_cast<const int8_t*>(p); }
   static int16_t* queries(RowState& state) { return reinterpret_cast<int16_t*>(state.query); }
+
+  // What rows [first, last) see of a tile together.
+  static Span all_spans(const RowState& state, int64_t first, int64_t last) {
+    Span all = state.span[first];
+    for (int64_t row = first + 1; row < last; ++row) {
+      all.low = std::min(all.low, state.span[row].low);
+      all.high = std::max(all.high, state.span[row].high);
+    }
+    return all;
+  }
+
+ private:
 
   // Columns beyond the span are left as they are.
   template <int R>

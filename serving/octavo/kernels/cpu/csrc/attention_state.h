@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "attention_dots.h"
 #include "attention_layout.h"
 
 namespace octavo {
@@ -30,7 +31,7 @@ OCTAVO_INLINE void combine(Sum& a, float* oa, const Sum& b, const float* ob, int
   f32x16 gaps = {};
   gaps[0] = a.m - m;
   gaps[1] = b.m - m;
-  const f32x16 factors = exp(gaps);
+  const f32x16 factors = exp_below(gaps);
   const float f1 = factors[0], f2 = factors[1];
   a = {m, a.l * f1 + b.l * f2};
   for (int64_t d = 0; d < width; d += kLanes) store(oa + d, load(oa + d) * f1 + load(ob + d) * f2);
@@ -67,6 +68,15 @@ struct RowState {
   float query_scale[kUnitRows];                      // int8 cache: qs · softmax scale; float cache: softmax scale
 };
 
+// Rows [first, last) by Tile::run, as many at once as it takes.
+template <typename Tile>
+void by_rows(RowState& state, int64_t first, int64_t last, const TileView& tile, const CacheView& cache) {
+  for (int64_t row = first; row < last; row += Tile::kRows)
+    with_constant<Tile::kRows>(std::min<int64_t>(Tile::kRows, last - row), [&](auto count) {
+      Tile::template run<decltype(count)::value>(state, row, tile, cache);
+    });
+}
+
 // e, l and m of the scores s[first, last) of a tile's eight vectors (already -inf where hidden). Σ e runs in 16 lanes over
 // the vectors, then over the lanes; vectors that are left out would add zeros.
 OCTAVO_INLINE Sum softmax_vectors(f32x16* s, int first, int last) {
@@ -75,7 +85,7 @@ OCTAVO_INLINE Sum softmax_vectors(f32x16* s, int first, int last) {
   const float m = max_lanes(top);
   f32x16 total = {};
   for (int i = first; i < last; ++i) {
-    s[i] = exp(s[i] - m);
+    s[i] = exp_below(s[i] - m);
     total = i == first ? s[i] : total + s[i];
   }
   return {m, sum_lanes(total)};

@@ -64,10 +64,15 @@ OCTAVO_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
 
 OCTAVO_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 
-// a > b ? a : b and a < b ? a : b. Spelled out because the compiler takes 64-byte comparisons apart into scalars for AVX2.
+// a > b ? a : b and a < b ? a : b. Spelled out because the compiler takes 64-byte comparisons apart into scalars for AVX2 and
+// into a comparison and a choice for AVX-512. The masked form, all lanes on, spares false warnings of the compiler.
 #ifdef __AVX512F__
-OCTAVO_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
-OCTAVO_INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+OCTAVO_INLINE f32x16 max(f32x16 a, f32x16 b) {
+  return reinterpret_cast<f32x16>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+OCTAVO_INLINE f32x16 min(f32x16 a, f32x16 b) {
+  return reinterpret_cast<f32x16>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
 #else
 template <typename F>
 OCTAVO_INLINE f32x16 by_halves(f32x16 a, f32x16 b, F&& f) {
@@ -140,9 +145,8 @@ OCTAVO_INLINE float max_lanes(f32x16 v) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-// e^x, at most 2 ulp off. Underflows through denormals to 0 (also for -inf) and overflows to inf.
-OCTAVO_INLINE f32x16 exp(f32x16 x) {
-  x = min(max(x, splat(-110.0f)), splat(90.0f));
+// e^x for x in [-110, 90], at most 2 ulp off.
+OCTAVO_INLINE f32x16 exp_inside(f32x16 x) {
   const f32x16 n = rint_small(x * 1.44269504088896341f);
   f32x16 r = fma(n, splat(-0.693145751953125f), x);   // ln 2 in two parts: n times the first is exact
   r = fma(n, splat(-1.42860682030941723212e-6f), r);  // r in [-0.3466, 0.3466]
@@ -154,7 +158,7 @@ OCTAVO_INLINE f32x16 exp(f32x16 x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p * r, r, r) + 1.0f;
 #ifdef __AVX512F__
-  // Rounds once, as the two factors below do. The masked form, all lanes on, spares false warnings of the compiler.
+  // Rounds once, as the two factors below do.
   return reinterpret_cast<f32x16>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
   const i32x16 whole = rint_int(n);
@@ -164,6 +168,12 @@ OCTAVO_INLINE f32x16 exp(f32x16 x) {
   return (p * low) * high;
 #endif
 }
+
+// e^x. Underflows through denormals to 0 (also for -inf) and overflows to inf.
+OCTAVO_INLINE f32x16 exp(f32x16 x) { return exp_inside(min(max(x, splat(-110.0f)), splat(90.0f))); }
+
+// The same for x ≤ 0.
+OCTAVO_INLINE f32x16 exp_below(f32x16 x) { return exp_inside(max(x, splat(-110.0f))); }
 
 // Splits [0, total) into tiles of `tile`; the last may be shorter.
 OCTAVO_INLINE int64_t num_tiles(int64_t total, int64_t tile) { return (total + tile - 1) / tile; }

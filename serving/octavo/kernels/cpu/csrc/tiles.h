@@ -67,6 +67,12 @@ OCTAVO_INLINE void dot_tiles() {
   asm volatile("tdpbusd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(Columns), "i"(Rows), "i"(Sums));
 }
 
+// The same with rows of signed bytes.
+template <int Sums, int Rows, int Columns>
+OCTAVO_INLINE void dot_signed_tiles() {
+  asm volatile("tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(Columns), "i"(Rows), "i"(Sums));
+}
+
 #else
 
 inline bool request_tiles() { return false; }
