@@ -20,7 +20,7 @@ from octavo.kernels.interface import (
     StacksLayers,
 )
 
-HIDDEN, INTERMEDIATE = 96, 160
+HIDDEN, INTERMEDIATE = 96, 176  # eleven panels of gates: an odd one is left where they go in pairs
 HEADS = HeadLayout(4, 2, 32, 32**-0.5)
 NUM_BLOCKS = 12
 FORMATS = {
@@ -30,6 +30,7 @@ FORMATS = {
 }
 STEPS = {  # tokens in the cache before, then rows of this step, per sequence
     "decode": [(70, 1), (3, 1), (128, 1)],
+    "few": [(0, 9), (70, 1)],
     "mixed": [(5, 1), (0, 130), (64, 2)],
     "long": [(0, 400)],  # more rows than go through an MLP together
 }
@@ -43,7 +44,8 @@ def make_layer(kernels: Kernels, format: ActivationFormat, *, seed: int) -> Dens
         weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
         scale = torch.rand(outputs, 1, generator=generator) * 1e-3
         zero_point = torch.randint(-9, 9, (outputs, 1), generator=generator) if seed % 2 else None
-        return kernels.pack_int8(weight, scale, format=format, zero_point=zero_point)
+        bias = torch.randn(outputs, generator=generator) if seed % 2 == 0 else None
+        return kernels.pack_int8(weight, scale, format=format, zero_point=zero_point, bias=bias)
 
     def norm(width: int) -> Tensor:
         return torch.rand(width, generator=generator) + 0.5

@@ -175,6 +175,8 @@ OCTAVO_INLINE f32x16 exp(f32x16 x) { return exp_inside(min(max(x, splat(-110.0f)
 // The same for x ≤ 0.
 OCTAVO_INLINE f32x16 exp_below(f32x16 x) { return exp_inside(max(x, splat(-110.0f))); }
 
+OCTAVO_INLINE f32x16 silu(f32x16 v) { return v / (exp(-v) + 1.0f); }
+
 // Splits [0, total) into tiles of `tile`; the last may be shorter.
 OCTAVO_INLINE int64_t num_tiles(int64_t total, int64_t tile) { return (total + tile - 1) / tile; }
 

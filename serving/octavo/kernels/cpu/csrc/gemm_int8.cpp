@@ -107,8 +107,8 @@ int64_t task_width(const Pool& pool, const Product& p, int64_t panels) {
 }
 
 void multiply(Pool* pool, const Product& p) {
-  const int64_t panels = panels_of(p.w->out_features);
-  const int64_t width = task_width(*pool, p, panels);
+  const int64_t panels = p.gates > 0 ? p.gates : panels_of(p.w->out_features);
+  const int64_t width = p.gates > 0 ? task_width(*pool, p, 2 * panels) / 2 : task_width(*pool, p, panels);
   const int64_t columns = num_tiles(panels, width);
   // A block of rows stays in the cache while all columns pass it: about a megabyte.
   const int64_t fits = std::max<int64_t>(64, (5 << 18) / p.x_stride);
@@ -124,6 +124,11 @@ void multiply(Pool* pool, const Product& p) {
     if (p.tiles) multiply_in_tiles(p, block);
     else multiply_block(p, block);
   });
+}
+
+// Whether the two halves of a product's outputs can meet in its epilogue.
+bool can_gate(const Pool& pool, const Int8Weights& w, int64_t rows) {
+  return pool.has_tiles() && rows >= kFewestTileRows && w.num_groups == 1 && w.zero_point == nullptr && w.out_features % (2 * kPanel) == 0;
 }
 
 // Sums of q - zero point over each group of each byte row.
@@ -172,4 +177,18 @@ OCTAVO_API void octavo_linear_int8(octavo::Pool* pool, const octavo::Int8Weights
     p.row_sum = sums.get();
   }
   multiply(pool, p);
+}
+
+// The same with silu(gate) · up for y [tokens, N / 2], if both halves of the outputs can meet in the epilogue. False: not here.
+OCTAVO_API bool octavo_gated_int8(octavo::Pool* pool, const octavo::Int8Weights* weights, const uint8_t* x, const float* x_scale,
+                                  int64_t tokens, float* y) {
+  using namespace octavo;
+#ifdef __AVX512VNNI__
+  const int64_t rows = tokens * weights->limbs;
+  if (!can_gate(*pool, *weights, rows)) return false;
+  multiply(pool, {weights, x, row_stride(weights->in_features), rows, x_scale, nullptr, nullptr, y, true, weights->out_features / (2 * kPanel)});
+  return true;
+#else
+  return false;
+#endif
 }

@@ -18,8 +18,15 @@ struct TileBlock {
   int64_t rows;
   const int8_t* w;  // the first panel
   int64_t quads;    // of a panel
+  int64_t half;     // bytes from the first half of the panels to the second
 
   int64_t panel_bytes() const { return quads * kPanel * kQuad; }
+
+  // Where panel c of C lies, from the first on.
+  template <int C>
+  OCTAVO_INLINE int64_t offset(int c) const {
+    return c / (C / 2) * half + c % (C / 2) * panel_bytes();
+  }
 };
 
 // Rows of the first of two tiles: half of them, and no token cut.
@@ -51,22 +58,23 @@ struct Parts {
   int64_t repeated() const { return count * size - (last - first); }
 };
 
-// One step of 16 quads: T row tiles times C panels, `panel_bytes` apart, 1 x 4, 1 x 2 or 2 x 2.
+// One step of 16 quads: T row tiles times C panels, 1 x 4, 1 x 2 or 2 x 2. `panel`: bytes from a panel to the next, `half`: to the
+// second half of them.
 template <int T, int C>
-OCTAVO_INLINE void dot_step(const TileBlock& block, const uint8_t* x, const int8_t* w, int64_t panel_bytes) {
+OCTAVO_INLINE void dot_step(const TileBlock& block, const uint8_t* x, const int8_t* w, int64_t panel, int64_t half) {
   load_tile<6>(w, kTileBytes);
   load_tile<4>(x, block.x_stride);
   dot_tiles<0, 4, 6>();
-  load_tile<7>(w + panel_bytes, kTileBytes);
+  load_tile<7>(w + (C == 4 ? panel : half), kTileBytes);
   dot_tiles<1, 4, 7>();
   if constexpr (T == 2) {
     load_tile<5>(x + upper_rows(block.rows) * block.x_stride, block.x_stride);
     dot_tiles<2, 5, 6>();
     dot_tiles<3, 5, 7>();
   } else if constexpr (C == 4) {
-    load_tile<6>(w + 2 * panel_bytes, kTileBytes);
+    load_tile<6>(w + half, kTileBytes);
     dot_tiles<2, 4, 6>();
-    load_tile<7>(w + 3 * panel_bytes, kTileBytes);
+    load_tile<7>(w + half + panel, kTileBytes);
     dot_tiles<3, 4, 7>();
   }
 }
@@ -80,21 +88,25 @@ OCTAVO_INLINE void fetch_near(const TileBlock& block, int64_t quad, const int8_t
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c)
 #pragma GCC unroll 16
-    for (int line = 0; line < kTileQuads; ++line) __builtin_prefetch(from + (c * block.quads + line) * kQuadBytes, 0, 3);
+    for (int line = 0; line < kTileQuads; ++line) __builtin_prefetch(from + block.offset<C>(c) + line * kQuadBytes, 0, 3);
 }
 
-// Fetches the weights that come next into the second cache, some at every step.
+// Fetches the weights that come next into the second cache, some of both halves at every step.
 class FarFetch {
  public:
-  FarFetch(const int8_t* next, int64_t bytes, int64_t steps) : at_(next), end_(next + bytes), each_(num_tiles(bytes, 64 * steps) * 64) {}
+  FarFetch(const int8_t* next, int64_t half, int64_t half_bytes, int64_t steps)
+      : at_(next), end_(next + half_bytes), half_(half), each_(num_tiles(half_bytes, 64 * steps) * 64) {}
 
   void step() {
-    for (const int8_t* stop = std::min(end_, at_ + each_); at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+    for (const int8_t* stop = std::min(end_, at_ + each_); at_ < stop; at_ += 64) {
+      __builtin_prefetch(at_, 0, 2);
+      __builtin_prefetch(at_ + half_, 0, 2);
+    }
   }
 
  private:
   const int8_t *at_, *end_;
-  int64_t each_;
+  int64_t half_, each_;
 };
 
 // The last quads [quad, last), fewer than a step: the columns are copied beside zeros.
@@ -103,8 +115,8 @@ void dot_rest(const TileBlock& block, int64_t quad, int64_t last) {
   alignas(64) int8_t columns[C][kTileRows * kTileBytes] = {};
   const int64_t bytes = (last - quad) * kPanel * kQuad;
   for (int c = 0; c < C; ++c)
-    std::memcpy(columns[c], block.w + c * block.panel_bytes() + quad * kPanel * kQuad, static_cast<size_t>(bytes));
-  dot_step<T, C>(block, block.x + quad * kQuad, columns[0], sizeof(columns[0]));
+    std::memcpy(columns[c], block.w + block.offset<C>(c) + quad * kPanel * kQuad, static_cast<size_t>(bytes));
+  dot_step<T, C>(block, block.x + quad * kQuad, columns[0], sizeof(columns[0]), C / 2 * sizeof(columns[0]));
 }
 
 // S of the block over the quads [first, last), to sums[rows][C · 16]. `aside(quad)` is called before every step.
@@ -115,7 +127,7 @@ OCTAVO_INLINE void sum_tiles(const TileBlock& block, int64_t first, int64_t last
   int64_t quad = first;
   for (; quad + kTileQuads <= last; quad += kTileQuads) {
     aside(quad);
-    dot_step<T, C>(block, block.x + quad * kQuad, block.w + quad * kPanel * kQuad, block.panel_bytes());
+    dot_step<T, C>(block, block.x + quad * kQuad, block.w + quad * kPanel * kQuad, block.panel_bytes(), block.half);
   }
   if (quad < last) dot_rest<T, C>(block, quad, last);
   store_tile<0>(sums, kStride), store_tile<1>(sums + kPanel, kStride);
@@ -126,8 +138,8 @@ OCTAVO_INLINE void sum_tiles(const TileBlock& block, int64_t first, int64_t last
 }
 
 // Sums of some rows and C panels that wait for their epilogue. It goes on a few tokens at a time between the products that come
-// next, which leave the vector units idle. L byte rows a token.
-template <int C, int L>
+// next, which leave the vector units idle. L byte rows a token. kGated: the second half of the panels are the gates' partners.
+template <int C, int L, bool kGated>
 class Epilogue {
  public:
   explicit Epilogue(const Product& p) : p_(p) {}
@@ -139,7 +151,70 @@ class Epilogue {
   }
 
   void advance(int64_t rows) {
-    for (const int64_t stop = std::min(end_, row_ + rows); row_ < stop; row_ += L, sums_ += L * C * kPanel)
+    const int64_t stop = std::min(end_, row_ + rows);
+    if constexpr (kGated) gated(stop);
+    else if (p_.w->zero_point == nullptr && (panel_ + C) * kPanel <= p_.w->out_features) whole(stop);
+    else others(stop);
+  }
+
+  void finish() { advance(end_ - row_); }
+
+ private:
+  // What is the same for every row of C neighbouring panels whose zero points are 0: it waits in registers.
+  struct Columns {
+    i32x16 correction[C];
+    f32x16 scale[C];
+
+    OCTAVO_INLINE void read(const Int8Weights& w, int64_t column, int c) {
+      correction[c] = load(w.correction + column), scale[c] = load(w.scale + column);
+    }
+
+    // t · sw · sx of a token
+    OCTAVO_INLINE f32x16 value(const int32_t* sums, int c, float x_scale) const {
+      f32x16 t = to_float(load(sums + c * kPanel) - correction[c]);
+      if constexpr (L == 2) t = t * 256.0f + to_float(load(sums + (C + c) * kPanel) - correction[c]);
+      return t * scale[c] * x_scale;
+    }
+  };
+
+  OCTAVO_INLINE void whole(int64_t stop) {
+    const int64_t outputs = p_.w->out_features, column = panel_ * kPanel;
+    const float *bias = p_.w->bias, *residual = p_.residual;
+    int64_t at = row_ / L * outputs + column;
+    Columns columns;
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) columns.read(*p_.w, column + c * kPanel, c);
+    for (; row_ < stop; row_ += L, sums_ += L * C * kPanel, at += outputs)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        f32x16 y = columns.value(sums_, c, p_.x_scale[row_ / L]);
+        if (bias != nullptr) y = y + load(bias + column + c * kPanel);
+        if (residual != nullptr) y = y + load(residual + at + c * kPanel);
+        store(p_.y + at + c * kPanel, y);
+      }
+  }
+
+  // silu(gate) · up
+  OCTAVO_INLINE void gated(int64_t stop) {
+    constexpr int kHalf = C / 2;
+    const int64_t width = p_.gates * kPanel, column = panel_ * kPanel;
+    const float* bias = p_.w->bias;
+    Columns columns;
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) columns.read(*p_.w, c / kHalf * width + column + c % kHalf * kPanel, c);
+    for (; row_ < stop; row_ += L, sums_ += L * C * kPanel)
+#pragma GCC unroll 2
+      for (int c = 0; c < kHalf; ++c) {
+        const int64_t gate_column = column + c * kPanel;
+        const float x_scale = p_.x_scale[row_ / L];
+        f32x16 gate = columns.value(sums_, c, x_scale), up = columns.value(sums_, kHalf + c, x_scale);
+        if (bias != nullptr) gate = gate + load(bias + gate_column), up = up + load(bias + width + gate_column);
+        store(p_.y + row_ / L * width + gate_column, silu(gate) * up);
+      }
+  }
+
+  OCTAVO_INLINE void others(int64_t stop) {
+    for (; row_ < stop; row_ += L, sums_ += L * C * kPanel)
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         const int64_t column = (panel_ + c) * kPanel;
@@ -147,36 +222,43 @@ class Epilogue {
       }
   }
 
-  void finish() { advance(end_ - row_); }
-
- private:
   const Product& p_;
   const int32_t* sums_ = nullptr;
   int64_t row_ = 0, end_ = 0, panel_ = 0;
 };
 
-OCTAVO_INLINE const int8_t* panel_of(const Product& p, int64_t panel) { return p.w->packed + panel * quads_of(p.w->in_features) * kPanel * kQuad; }
+OCTAVO_INLINE int64_t panel_size(const Product& p) { return quads_of(p.w->in_features) * kPanel * kQuad; }
 
-OCTAVO_INLINE TileBlock tile_block(const Product& p, int64_t row, int64_t rows, int64_t panel) {
-  return {p.x + row * p.x_stride, p.x_stride, rows, panel_of(p, panel), quads_of(p.w->in_features)};
+OCTAVO_INLINE const int8_t* panel_of(const Product& p, int64_t panel) { return p.w->packed + panel * panel_size(p); }
+
+// Bytes from the first half of C panels to the second, which are neighbours or the gates' partners.
+template <int C>
+OCTAVO_INLINE int64_t half_of(const Product& p) {
+  return (p.gates > 0 ? p.gates : C / 2) * panel_size(p);
 }
 
-// A block, C panels and a part of the rows at a time.
-template <int T, int C, int L>
+template <int C>
+OCTAVO_INLINE TileBlock tile_block(const Product& p, int64_t row, int64_t rows, int64_t panel) {
+  return {p.x + row * p.x_stride, p.x_stride, rows, panel_of(p, panel), quads_of(p.w->in_features), half_of<C>(p)};
+}
+
+// A block, C panels (gated: C / 2 and their partners) and a part of the rows at a time.
+template <int T, int C, int L, bool kGated>
 void multiply_columns(const Product& p, const Block& block) {
+  constexpr int64_t kStep = kGated ? C / 2 : C;
   alignas(64) int32_t sums[2][T * kTileRows * C * kPanel];
   const Parts parts(p, block);
   const int64_t quads = quads_of(p.w->in_features), steps = std::max<int64_t>(1, quads / kTileQuads);
   const int64_t each = num_tiles(parts.size / L, steps) * L, end = block.panel + block.panels;
-  Epilogue<C, L> epilogue(p);
+  Epilogue<C, L, kGated> epilogue(p);
   const RowTiles registers(parts.size);
   int turn = 0;
-  for (int64_t panel = block.panel; panel < end; panel += C) {
-    const int8_t* next = panel + C < end ? panel_of(p, panel + C) : block.next;
-    FarFetch far(next, C * quads * kPanel * kQuad, parts.count * steps);
+  for (int64_t panel = block.panel; panel < end; panel += kStep) {
+    const int8_t* next = panel + kStep < end ? panel_of(p, panel + kStep) : block.next;
+    FarFetch far(next, half_of<C>(p), C / 2 * panel_size(p), parts.count * steps);
     for (int64_t index = 0; index < parts.count; ++index, turn ^= 1) {
       const int64_t begin = parts.begin(index);
-      const TileBlock part = tile_block(p, begin, parts.size, panel);
+      const TileBlock part = tile_block<C>(p, begin, parts.size, panel);
       sum_tiles<T, C>(part, 0, quads, sums[turn], [&](int64_t quad) {
         if (parts.count == 1) fetch_near<C>(part, quad, next);
         else far.step();
@@ -214,10 +296,10 @@ void multiply_groups(const Product& p, const Block& block) {
   const RowTiles registers(parts.size);
   for (int64_t panel = block.panel; panel < end; panel += C) {
     const int8_t* next = panel + C < end ? panel_of(p, panel + C) : block.next;
-    FarFetch far(next, C * quads * kPanel * kQuad, parts.count * std::max<int64_t>(1, each / kTileQuads) * groups);
+    FarFetch far(next, half_of<C>(p), C / 2 * panel_size(p), parts.count * std::max<int64_t>(1, each / kTileQuads) * groups);
     for (int64_t index = 0; index < parts.count; ++index) {
       const int64_t begin = parts.begin(index), repeated = index + 1 == parts.count ? parts.repeated() : 0;
-      const TileBlock part = tile_block(p, begin, parts.size, panel);
+      const TileBlock part = tile_block<C>(p, begin, parts.size, panel);
       for (int64_t group = 0; group < groups; ++group) {
         sum_tiles<T, C>(part, group * each, (group + 1) * each, sums, [&](int64_t quad) {
           if (parts.count == 1) fetch_near<C>(part, quad, next);
@@ -231,14 +313,16 @@ void multiply_groups(const Product& p, const Block& block) {
 
 template <int T, int C>
 void multiply_panels(const Product& p, const Block& block) {
-  if (p.w->num_groups > 1) return (p.w->limbs == 2 ? multiply_groups<T, C, 2> : multiply_groups<T, C, 1>)(p, block);
-  return (p.w->limbs == 2 ? multiply_columns<T, C, 2> : multiply_columns<T, C, 1>)(p, block);
+  const bool two = p.w->limbs == 2;
+  if (p.gates > 0) return (two ? multiply_columns<T, C, 2, true> : multiply_columns<T, C, 1, true>)(p, block);
+  if (p.w->num_groups > 1) return (two ? multiply_groups<T, C, 2> : multiply_groups<T, C, 1>)(p, block);
+  return (two ? multiply_columns<T, C, 2, false> : multiply_columns<T, C, 1, false>)(p, block);
 }
 
 // A block in tile registers. More than one tile of rows takes two panels at a time, fewer take four as long as there are four.
 inline void multiply_in_tiles(const Product& p, const Block& block) {
   if (block.last - block.first > kTileRows) return multiply_panels<2, 2>(p, block);
-  const int64_t fours = block.panels / 4 * 4;
+  const int64_t four = p.gates > 0 ? 2 : 4, fours = block.panels / four * four;
   if (fours == block.panels) return multiply_panels<1, 4>(p, block);
   const int64_t rest = block.panel + fours;
   if (fours > 0) multiply_panels<1, 4>(p, {block.first, block.last, block.panel, fours, panel_of(p, rest)});

@@ -109,10 +109,15 @@ struct Run {
 
   void mlp(const Layer& layer, float* x, int64_t rows) const {
     norm(x, layer.mlp_norm, rows, layer.eps, layer.gate_up);
-    multiply(layer.gate_up, rows, nullptr, memory.wide);
-    octavo_silu_mul(pool, memory.wide, rows, layer.down.weights->in_features, layer.down.limbs, layer.down.static_scale,
-                    layer.down.zero_point, nullptr, memory.bytes, memory.row_scale);
-    multiply(layer.down, rows, x, x);
+    const Linear &down = layer.down;
+    const int64_t width = down.weights->in_features;
+    if (octavo_gated_int8(pool, layer.gate_up.weights, memory.bytes, memory.row_scale, rows, memory.wide)) {
+      octavo_quantize(pool, memory.wide, rows, width, nullptr, down.limbs, down.static_scale, down.zero_point, memory.bytes, memory.row_scale);
+    } else {
+      multiply(layer.gate_up, rows, nullptr, memory.wide);
+      octavo_silu_mul(pool, memory.wide, rows, width, down.limbs, down.static_scale, down.zero_point, nullptr, memory.bytes, memory.row_scale);
+    }
+    multiply(down, rows, x, x);
   }
 
   // Wanted rows of `from` [..][width] to `to`.

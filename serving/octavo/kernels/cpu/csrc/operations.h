@@ -12,6 +12,8 @@ OCTAVO_API void octavo_silu_mul(octavo::Pool* pool, const float* gate_up, int64_
                                 float static_scale, int64_t zero_point, float* y, uint8_t* bytes, float* scale);
 OCTAVO_API void octavo_linear_int8(octavo::Pool* pool, const octavo::Int8Weights* weights, const uint8_t* x, const float* x_scale,
                                    int64_t tokens, int64_t x_zero_point, const float* residual, float* y);
+OCTAVO_API bool octavo_gated_int8(octavo::Pool* pool, const octavo::Int8Weights* weights, const uint8_t* x, const float* x_scale,
+                                  int64_t tokens, float* y);
 OCTAVO_API void octavo_rope_write(octavo::Pool* pool, const float* qkv, float* q_out, const float* cos_sin, const int32_t* positions,
                                   const int32_t* slots, int64_t num_rows, int64_t num_heads, int64_t rotary_dim, const float* q_norm,
                                   const float* k_norm, double eps, const float* k_inverse, const float* v_inverse, char* k, char* v,

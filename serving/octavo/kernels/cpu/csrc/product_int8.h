@@ -15,8 +15,9 @@ struct Product {
   const float* x_scale;    // [tokens]
   const int32_t* row_sum;  // [rows][num_groups]: sum of q - zero point, or null
   const float* residual;   // [tokens][N], or null
-  float* y;                // [tokens][N]
+  float* y;                // [tokens][N], gated [tokens][N / 2]
   bool tiles;              // in tile registers
+  int64_t gates = 0;       // panels of gates, whose partners follow: y is silu(gate) · up; 0: none. Tiles alone
 };
 
 // A task: rows [first, last) times `panels` panels. `next`: panels that this thread will probably read after them. Its rows are cut

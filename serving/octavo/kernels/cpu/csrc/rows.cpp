@@ -65,8 +65,6 @@ OCTAVO_INLINE void add_row(float* r, const float* add, int64_t width) {
   for (int64_t k = 0; k < width; ++k) r[k] = r[k] + add[k];
 }
 
-OCTAVO_INLINE f32x16 silu(f32x16 v) { return v / (exp(-v) + 1.0f); }
-
 OCTAVO_INLINE void silu_mul_row(const float* gate, int64_t width, float* y) {
   const float* up = gate + width;
   const int64_t whole = width / kLanes * kLanes, rest = width - whole;
