@@ -55,6 +55,13 @@ def test_loading_tells_stage_and_percent() -> None:
     assert verdict(observed(info=info)) == ("loading", "loading weights 43 %")
 
 
+def test_a_front_end_that_will_never_serve_is_down_before_the_first_ready() -> None:
+    info = {"state": "down", "reason": "no tokenizer.json", "frontend": {"failure": None}}
+    assert verdict(observed(info=info)) == ("starting", "no tokenizer.json")
+    info["frontend"] = {"failure": "no tokenizer.json"}
+    assert verdict(observed(info=info)) == ("down", "no tokenizer.json")
+
+
 def test_engine_without_a_sign_of_life_is_down_unless_its_step_may_still_run() -> None:
     quiet = {"state": "ready", "engine_age": 4.0, "engine": {"step_deadline": 0.0}}
     assert verdict(observed(info=quiet)) == ("down", "the engine has made no progress for 4.2 s")

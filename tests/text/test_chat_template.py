@@ -141,3 +141,13 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]"])
+def test_a_spoilt_file_beside_the_tokenizer_is_named_in_one_line(tmp_path: Path, name: str, content: str) -> None:
+    folder = write_folder(tmp_path, byte_level(), chat_template=CHATML)
+    (folder / name).write_text(content)
+    with pytest.raises(TokenizerError, match=name) as caught:
+        Tokenizer.load(folder)
+    assert str(caught.value).isprintable()

@@ -77,7 +77,7 @@ class Ops:
             "limits": limits,
             "frontend": {"pid": os.getpid(), "running": running, "waiting": waiting, "unread": registry.num_unread(),
                          "accepted": registry.num_accepted, "finished": registry.num_finished,
-                         "epoch": engine.epoch},
+                         "epoch": engine.epoch, "failure": self._slot.failure},
             "defaults": tokenizer.defaults if tokenizer is not None else {},
         }
 

@@ -80,6 +80,12 @@ class Observed:
     num_finished: int = 0  # requests that it ended as it should
     finished_at: float = 0.0  # when such an end was last seen
 
+    @property
+    def front_end_failure(self) -> str:
+        """Why the front end will never serve: another try would end the same way."""
+        front_end = self.info.get("frontend")
+        return str(front_end.get("failure") or "") if isinstance(front_end, dict) else ""
+
     def note_front_end(self, now: float) -> None:
         """Whether the last answer came from another front end, and whether requests have ended well."""
         front_end = self.info.get("frontend")
@@ -140,7 +146,8 @@ def _judge_engine(seen: Observed, now: float) -> Verdict | None:
     if state == "draining":
         return Verdict("draining", reason or "the server is draining")
     if state != "ready":
-        return Verdict("down" if seen.ever_ready else "starting", reason or "the engine is down")
+        final = seen.ever_ready or seen.front_end_failure
+        return Verdict("down" if final else "starting", reason or "the engine is down")
     age = float(str(seen.info.get("engine_age") or 0)) + now - seen.info_at
     if age > FRESH_SECONDS and now > _step_deadline(seen.info):
         return Verdict("down", f"the engine has made no progress for {age:.1f} s")

@@ -90,6 +90,8 @@ def wait_ready(settings: Settings, process: subprocess.Popen[bytes], offset: int
             if health.get("ready"):
                 return
             reason = str(health.get("reason") or "")
+            if health.get("state") == "down":
+                reason = ""  # node gives up, and says why with its last line
             if said != (said := progress_step(reason)) and reason:
                 print(f"  {reason}", flush=True)
             if time.monotonic() > deadline:

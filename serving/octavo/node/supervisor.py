@@ -21,7 +21,7 @@ from functools import partial
 from octavo.node import run_dir
 from octavo.node.children import Child, Children, exit_text
 from octavo.node.deaths import Deaths
-from octavo.node.errors import NodeError
+from octavo.node.errors import EXIT_BAD_SETTINGS, NodeError
 from octavo.node.health import Monitor, Process, health_pages
 from octavo.node.logs import LogFile, last_error, progress_step, watch_logs
 from octavo.node.metrics import NodeMetrics, metrics_pages
@@ -123,10 +123,12 @@ class Supervisor:
         self.monitor.seen.draining = True
 
     async def _announce(self) -> None:
-        """Log each change of state and each tenth of loading; give up if the first ready does not come in time."""
+        """Log each change of state and each tenth of loading; give up if the first ready does not or cannot come."""
         began, said = self._clock(), ""
         while True:
             verdict = self.monitor.verdict()
+            if (failure := self.monitor.seen.front_end_failure) and not self.monitor.seen.ever_ready:
+                raise NodeError(failure, exit_code=EXIT_BAD_SETTINGS)
             loading = progress_step(verdict.reason) if verdict.state == "loading" else ""
             if verdict.state + loading != said:
                 said = verdict.state + loading

@@ -70,8 +70,8 @@ class Tokenizer:
                 generation_config=_read_json(folder / "generation_config.json"),
                 chat_template=_template_file(folder),
             )
-        except ValueError as error:
-            raise TokenizerError(f"{folder}: {error}") from None
+        except (ValueError, OSError) as error:
+            raise TokenizerError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
 
     @property
     def vocab_size(self) -> int:
@@ -140,7 +140,10 @@ class Tokenizer:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} is not a JSON object")
     return value
@@ -172,5 +175,6 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = value
     more = config.get("additional_special_tokens")
     if isinstance(more, list):
-        found["additional_special_tokens"] = [entry["content"] if isinstance(entry, dict) else entry for entry in more]
+        named = [entry.get("content") if isinstance(entry, dict) else entry for entry in more]
+        found["additional_special_tokens"] = [entry for entry in named if isinstance(entry, str)]
     return found
