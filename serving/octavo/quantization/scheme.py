@@ -117,14 +117,17 @@ def quantize_rows(
     q = torch.empty(shape, dtype=torch.int8)  # [N, K]
     scales = torch.empty((num_rows, 1)) if scale is None else scale.expand(num_rows, 1)  # [N, 1] float32
     lost = total = 0.0
+    work = torch.empty(0)  # of a slice, used again and again: what is freed on the way of a load is not given back
     for rows in row_slices(shape):
-        x = read(rows).to(torch.float32, copy=True)
-        total += _energy(x) if measure else 0.0
+        x = read(rows).float()
         if scale is None:
             absmax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
             scales[rows] = torch.where(absmax == 0, torch.ones_like(absmax), absmax / 127.5)
-        q[rows] = x.div_(scales[rows]).round_().clamp_(-128, 127)
-        lost += _energy(q[rows] * scales[rows] - read(rows)) if measure else 0.0
+        torch.div(x, scales[rows], out=work.resize_(x.shape))
+        q[rows] = work.round_().clamp_(-128, 127)
+        if measure:
+            total += _energy(x)
+            lost += _energy(torch.mul(q[rows], scales[rows], out=work).sub_(x))
     return QuantizedTensor(q, scales), math.sqrt(lost / total) if total else (0.0 if measure else None)
 
 
@@ -135,7 +138,7 @@ def row_slices(shape: tuple[int, ...], *, values: int = VALUES_AT_ONCE) -> Itera
 
 
 def _energy(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.float()).double().square())
+    return float(torch.linalg.vector_norm(x).double().square())
 
 
 def dequantize(tensor: QuantizedTensor) -> Tensor:

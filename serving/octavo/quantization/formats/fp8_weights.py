@@ -62,7 +62,7 @@ def fp8_linear(
         inputs,
         f"{name}.weight",
         shape=shape,
-        read=lambda rows: stored[rows].float() * wide[rows],
+        read=lambda rows: stored[rows].float().mul_(wide[rows]),
         measure=True,
     )
     return LinearWeights(weight, A16, bias_values, loss=loss, note=INPUT_SCALE_UNUSED if static else CONVERTED)
