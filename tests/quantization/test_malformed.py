@@ -163,10 +163,29 @@ def twice(folder: Path) -> None:
     save_file({f"{Q}.weight": torch.ones(64, 64)}, folder / "kv_cache_scales.safetensors")
 
 
+def cache_scales(k: Tensor | float | None, v: Tensor | float | None, *, spelling: str = "{x}_scale") -> Spoil:
+    """Scales of the first layer's cache, and good ones of the second's."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for layer, values in enumerate(((k, v), (1.0, 1.0))):
+            for x, given in zip("kv", values):
+                if given is not None:
+                    scale = given if isinstance(given, Tensor) else torch.tensor([given])
+                    tensors[f"model.layers.{layer}.self_attn.{spelling.format(x=x)}"] = scale
+
+    return lambda folder: edit_tensors(folder, edit)
+
+
+def half_cache_file(folder: Path) -> None:
+    save_file({"model.layers.0.self_attn.k_cache.scale": torch.ones(1)}, folder / "kv_cache_scales.safetensors")
+    cut("kv_cache_scales.safetensors", keep=0.5)(folder)
+
+
 def nested(folder: Path) -> None:
     (folder / "config.json").write_text("[" * 200_000)
 
 
+ATTENTION = "model.layers.0.self_attn"
 ABSMAX_Q = "llama.layers.0.self_attn.q_proj"
 CASES: list[tuple[str, Spoil, str]] = [
     # files
@@ -203,6 +222,7 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("absmax", link_out("act_scales.json"), r"^act_scales\.json: is a link out of the model folder"),
     ("float", shards_without_index(1, 3), r"model-00002-of-00003\.safetensors is missing"),
     ("float", twice, rf"{Q}\.weight is in both model\.safetensors and kv_cache_scales\.safetensors"),
+    ("sharded", link_out("model-00001-of-00004.safetensors"), r"^model-00001-of-00004\.safetensors: is a link out"),
     # the index
     ("sharded", index_entry(f"{Q}.weight", None), rf"has no entry for {Q}\.weight"),
     ("sharded", index_entry(f"{Q}.bias", "model-00001-of-00004.safetensors"), rf"says that {Q}\.bias is in"),
@@ -237,6 +257,16 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("float", tensor("model.norm.weight", torch.ones(64, dtype=torch.int8)), r"^model\.norm\.weight: is int8"),
     ("float", tensor("model.norm.weight", torch.ones(64, 1)), r"^model\.norm\.weight: has shape \[64, 1\]"),
     ("float", tensor("a\n\x1b[31mb", torch.ones(1)), r"does not use: a  \[31mb$"),
+    # scales of the cache
+    ("float", cache_scales(float("nan"), 1.0), rf"^{ATTENTION}\.k_scale: every scale must be finite and above zero"),
+    ("float", cache_scales(1.0, float("inf")), rf"^{ATTENTION}\.v_scale: every scale"),
+    ("smooth", cache_scales(0.0, 1.0), rf"^{ATTENTION}\.k_scale: every scale"),
+    ("smooth", cache_scales(1.0, -1.0, spelling="{x}_proj.output_scale"), r"v_proj\.output_scale: every scale"),
+    ("float", cache_scales(1.0, None), rf"has no cache scale {ATTENTION}\.v_scale"),
+    ("float", cache_scales(torch.ones(3), torch.ones(3)), rf"^{ATTENTION}: its k cache scales have shape \[3\]"),
+    ("float", cache_scales(torch.tensor([1]), torch.tensor([1])), rf"^{ATTENTION}\.k_scale: is int64"),
+    ("float", cache_scales(1.0, 1.0, spelling="{x}_scales"), r"does not use: .*self_attn\.k_scales and 3 more"),
+    ("float", half_cache_file, r"^kv_cache_scales\.safetensors: cannot be read"),
     # smooth_quant
     ("smooth", tensor(f"{Q}.scale", None), rf"no tensor {Q}\.scale"),
     ("smooth", value(f"{Q}.scale", float("nan")), rf"^{Q}\.scale: every scale"),
