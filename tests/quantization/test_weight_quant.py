@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from models.harness import load_harness
 from models.tiny_checkpoints import VOCAB, family_configs, make_model, reference_logits, save_model
 from octavo.cli.main import main
+from octavo.engine.llm import LLM
 from quantization.format_fixtures import SMOOTH_QUANT, smooth_quant_linear, write_model
+from quantize.making import with_tokenizer
 
 PROMPT = torch.randint(3, VOCAB, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -84,3 +87,14 @@ def test_dtype_is_the_type_of_float_layers(checkpoint: tuple[Any, Path], dtype: 
     model = load_harness(checkpoint[1], weight_quant="none", dtype=dtype).model
     assert model.weight_scheme == dtype
     assert str(model.embedding.dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize("weight_quant", ["wint8", "a8w8"])
+def test_the_bar_of_a_load_in_process(
+    checkpoint: tuple[Any, Path], capsys: pytest.CaptureFixture[str], weight_quant: str
+) -> None:
+    folder = checkpoint[1]
+    with_tokenizer(folder, checkpoint[0])
+    with LLM(folder, weight_quant=weight_quant, max_seq_len=128, max_dec_len=16, num_threads=1) as llm:
+        assert llm.info.weight_scheme == {"wint8": "w8a16", "a8w8": "w8a8"}[weight_quant]
+    assert re.search(r"loading: ready .*100/100", capsys.readouterr().err)

@@ -33,11 +33,19 @@ def kill_at(place: str, count: int) -> None:
     setattr(owner, name, trap)
 
 
-def run_killed(place: str, count: int, *arguments: str) -> int:
+def run_killed(place: str, count: int, *arguments: str, num_threads: int) -> int:
     """The exit code of such a process."""
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, __file__, place, str(count), *arguments]
-    return subprocess.run(command, env=environ, capture_output=True, check=False, timeout=120).returncode
+    return subprocess.run(
+        command, env=environ(num_threads=num_threads), capture_output=True, check=False, timeout=120
+    ).returncode
+
+
+def environ(*, num_threads: int) -> dict[str, str]:
+    """Of a process whose sums are split as here, whatever other tests have put into the environment."""
+    path = os.pathsep.join(path for path in sys.path if path)
+    count = str(num_threads)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
 
 
 if __name__ == "__main__":

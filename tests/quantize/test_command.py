@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import rich.progress
 import torch
 import transformers
 
@@ -25,6 +27,7 @@ from octavo.quantization.export.options import Options
 from octavo.quantization.export.scheme_names import parse_scheme
 from octavo.quantization.formats.source import TensorSource
 from octavo.text.tokenizer import Tokenizer
+from quantize.killed import environ
 from quantize.making import make, report, tensors, write_float, write_text
 
 TEMPLATE = "{% for m in messages %}t7 {{ m.content }} t2 {% endfor %}"
@@ -143,6 +146,26 @@ def test_a_model_calibrates_on_its_own_text(tmp_path: Path) -> None:
     assert report(made)["calibration_tokens"] > 0
 
 
+def test_the_bar_tells_what_is_done_and_how_much_of_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_text(tmp_path / "text.jsonl")
+    shown: list[tuple[str, float]] = []
+    update = rich.progress.Progress.update
+
+    def noted(bar: rich.progress.Progress, task: rich.progress.TaskID, **values: Any) -> None:
+        update(bar, task, **values)
+        shown.append((bar.tasks[task].description, bar.tasks[task].percentage))
+
+    monkeypatch.setattr(rich.progress.Progress, "update", noted)
+    command = ["quantize", model, "--scheme", "a8w8", "--calibration", text, "--keep-float", "30", "--no-ablation"]
+    assert main([*map(str, command), "--out", str(tmp_path / "out")]) == 0
+    assert shown == [
+        ("sensitivity", 0), ("sensitivity", 50), ("layer 1 of 2", 0), ("layer 2 of 2", 50), ("measuring", 100),
+    ]  # fmt: skip
+    assert re.search(r"measuring .*100%", capsys.readouterr().err)
+
+
 def test_a_killed_run_goes_on_and_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "float"
     write_float(folder)
@@ -177,9 +200,9 @@ def test_a_run_ended_by_sigkill_goes_on_and_ends_in_the_same_bits(tmp_path: Path
     whole = make(tmp_path / "float", text=text, out="whole")
     command = [sys.executable, "-m", "octavo.cli.main", "quantize", str(tmp_path / "float"), "--scheme", "a8w8c8"]
     command += ["--calibration", str(text), "--out", str(tmp_path / "cut"), "--quiet"]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     notes = tmp_path / "cut.partial" / "notes.json"
-    with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    env, silent = environ(num_threads=torch.get_num_threads()), subprocess.DEVNULL
+    with subprocess.Popen(command, env=env, stdout=silent, stderr=silent) as process:
         while not notes.is_file() or json.loads(notes.read_text())["next_layer"] < 3:
             assert process.poll() is None
             time.sleep(0.005)

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from models.tiny_checkpoints import BASE, make_model
@@ -18,6 +21,7 @@ from quantize.killed import run_killed
 from quantize.making import make, report, tensors, write_float, write_text
 
 NUM_LAYERS = 3
+NUM_THREADS = 2
 FLAGS = ("--keep-float", "30", "--no-ablation")
 EXPORT = "octavo.quantization.export"
 # function, the call that kills, layers that are finished then; before it all layers are read once for their sensitivity
@@ -50,7 +54,16 @@ def text(model: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(model: Path, text: Path) -> Path:
     """What a run makes that nobody disturbs."""
-    return make(model, *FLAGS, text=text, out="whole")
+    with threads(NUM_THREADS):
+        return make(model, *FLAGS, text=text, out="whole")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -60,12 +73,14 @@ def test_a_run_killed_anywhere_ends_in_the_same_bits(
     function, count, num_finished = PLACES[place]
     out = f"cut {place}"
     arguments = ["quantize", str(model), "--scheme", "a8w8c8", "--calibration", str(text), "--quiet", *FLAGS]
-    assert run_killed(function, count, *arguments, "--out", str(model.parent / out)) == -signal.SIGKILL
+    arguments += ["--out", str(model.parent / out)]
+    assert run_killed(function, count, *arguments, num_threads=NUM_THREADS) == -signal.SIGKILL
     notes = model.parent / f"{out}.partial" / "notes.json"
     assert (json.loads(notes.read_text())["next_layer"] if notes.exists() else 0) == num_finished
     assert not (model.parent / out).exists()
     made_layers = _count(monkeypatch)
-    cut = make(model, *FLAGS, text=text, out=out)
+    with threads(1 if notes.exists() else NUM_THREADS):  # it takes as many as it had before
+        cut = make(model, *FLAGS, text=text, out=out)
     assert len(made_layers) == NUM_LAYERS - num_finished
     assert report(cut) == report(whole)
     assert report(cut)["kept_float"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from octavo.quantization.export.streams import Stream
@@ -30,7 +31,10 @@ def fingerprint(asked: dict[str, object], model: Path, sequences: object) -> str
 
 @dataclass
 class State:
-    """Notes of a run. next_layer: the first that is not finished; num_bytes: of the streams before it, by name."""
+    """Notes of a run. next_layer: the first that is not finished; num_bytes: of the streams before it, by name.
+
+    num_threads: of torch. Sums are split by it, so a run that goes on takes as many as it had.
+    """
 
     folder: Path
     fingerprint: str
@@ -38,6 +42,7 @@ class State:
     layers: list[dict[str, Any]] = field(default_factory=list)
     float_units: dict[str, list[str]] | None = None  # layer → units; None: not chosen yet
     num_bytes: dict[str, int] = field(default_factory=dict)
+    num_threads: int = field(default_factory=torch.get_num_threads)
 
     @classmethod
     def open(cls, folder: Path, fingerprint: str) -> State:

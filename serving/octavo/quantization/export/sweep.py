@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -73,9 +74,21 @@ def quantize(options: Options, text: CalibrationText, progress: Progress) -> Out
         raise CheckpointError(f"the tokenizer gives token {vocabulary}, the model has {config.vocab_size}")
     asked = {**options.to_json(), "out": "", "max_shard_bytes": 0}
     state = State.open(options.state, fingerprint(asked, options.model, [text.calibration, text.held_out]))
-    outcome = _Sweep(options, config, text, state, progress).run()
+    with _threads(state.num_threads):
+        outcome = _Sweep(options, config, text, state, progress).run()
     shutil.rmtree(options.state, ignore_errors=True)
     return outcome
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch computes with so many meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Sweep:
