@@ -111,7 +111,8 @@ def test_ignored_patterns_stay_float(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", ["{m}.{x}_scale", "{m}.{x}_proj.output_scale", "{m}.{x}_proj.{x}_scale", "{m}.{x}_cache.scale"]
+    "spelling",
+    ["{m}.{x}_scale", "{m}.{x}_proj.output_scale", "{m}.{x}_proj.{x}_scale", "{m}.{x}_cache.scale", "{m}.kv_scale"],
 )
 @pytest.mark.parametrize("shape", [(1,), (2, 1, 1)])
 def test_static_cache_scales_are_found(tmp_path: Path, spelling: str, shape: tuple[int, ...]) -> None:
