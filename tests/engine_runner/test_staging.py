@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.engine.device_queue import ImmediateQueue
-from octavo.engine.staging import RING, Staging
+from octavo.engine.staging import RING, Download, Staging
 
 
 class LateMark:
@@ -67,3 +67,20 @@ def test_arrays_keep_their_places_and_grow_when_they_must() -> None:
     assert again["a"].tolist() == [0, 2, 4]
     large = staging.put({"a": np.arange(1000, dtype=np.int32)})
     assert large["a"].tolist() == list(range(1000))
+
+
+def test_results_of_all_shapes_come_back_in_one_copy() -> None:
+    queue, wide = LateQueue(), torch.arange(12).view(3, 4)
+    tensors = {
+        "odd": torch.tensor([0.5]),
+        "column": wide[:, :1],
+        "one of one": wide[1:2, :1],
+        "nothing": wide[:, :0],
+        "floats": wide.T.float(),
+        "ids": wide[0],
+    }
+    download = Download(queue, tensors)
+    assert len(queue.hosts) == 1
+    assert download.lists() == {name: tensor.tolist() for name, tensor in tensors.items()}
+    assert Download(queue, {}).lists() == {}
+    assert len(queue.hosts) == 1

@@ -123,7 +123,7 @@ def test_a_step_that_does_not_fit_is_one_error_and_the_next_one_works(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = generate(runner, requests(2))
-    real = GpuSteps.forward
+    real = GpuSteps.queue
     failed: list[bool] = []
 
     def too_large(self: GpuSteps, plan: StepPlan, now: float) -> Queued:
@@ -132,7 +132,7 @@ def test_a_step_that_does_not_fit_is_one_error_and_the_next_one_works(
             torch.empty(1 << 46, dtype=torch.uint8, device="cuda")
         return real(self, plan, now)
 
-    monkeypatch.setattr(GpuSteps, "forward", too_large)
+    monkeypatch.setattr(GpuSteps, "queue", too_large)
     core = EngineCore(make_scheduler(runner.info, max_num_batched_tokens=64, prefix_cache=False), runner, lambda: 0.0)
     core.add(requests(1)[0])
     errors = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.engine.device_queue import Body, DeviceQueue
-from octavo.engine.staging import Staging
+from octavo.engine.newest_tokens import resolve
+from octavo.engine.staging import Staging, staged_bytes, views
 from octavo.kernels.interface import BLOCK, BatchLayout, LayerCache
 from octavo.models.batch import ForwardBatch
 from octavo.models.decoder import Decoder
@@ -49,19 +50,23 @@ class Spare:
     slot: int  # of last_token; likewise
 
 
-def resolve(token_ids: Tensor, last_token: Tensor) -> Tensor:
-    """Ids [M] int64 in which -1 - slot stands for the token sampled last in that slot."""
-    return torch.where(token_ids < 0, last_token[(-1 - token_ids).clamp(min=0)], token_ids)
+def recorded_bytes(batch_size: int, max_blocks: int) -> int:
+    """Of staging, what the largest recorded step reads."""
+    return staged_bytes(_filling(batch_size, table_buckets(max_blocks)[-1], Spare(0, 0)))
 
 
 class DecodeGraphs:
-    """Captures by (rows, blocks of a table); made on first use or by `prepare`."""
+    """Captures by (rows, blocks of a table); made on first use or by `prepare`.
+
+    They read the first bytes of the memory that staging has now. Should it move, those are copied here first.
+    """
 
     def __init__(
         self,
         model: Decoder,
         caches: Sequence[LayerCache],
         queue: DeviceQueue,
+        staging: Staging,  # of at least `recorded_bytes`
         *,
         last_token: Tensor,  # [num_slots + 1] int64, the last one spare
         spare: Spare,
@@ -76,7 +81,8 @@ class DecodeGraphs:
         self._batches = batch_buckets(batch_size)
         self._tables = table_buckets(max_blocks)
         self._replays: dict[tuple[int, int], Body] = {}
-        self._staging = Staging(queue, num_bytes=self._staging_bytes())
+        self._staging = staging
+        self._memory = staging.memory  # that captures read
         self._logits = torch.zeros(batch_size, model.head.out_features, dtype=torch.float32, device=queue.device)
 
     def prepare(self, report: Callable[[float], None], *, max_table: int = 4 * SMALL_TABLE) -> None:
@@ -85,27 +91,35 @@ class DecodeGraphs:
         keys = [(rows, width) for width in reversed(widths) for rows in reversed(self._batches)]
         for done, (rows, width) in enumerate(keys):
             report(done / len(keys))
-            self._replay(rows, width, self._staged(_filling(rows, width, self._spare)))
+            arrays = _filling(rows, width, self._spare)
+            self._staging.put(arrays)
+            self._replay(rows, width, arrays)
 
-    def run(self, batch: ForwardBatch) -> Tensor:
-        """Logits [B, V] float32 of a decode step given on the host, ids as in `resolve`; good until the next run."""
+    def run(self, batch: ForwardBatch, others: Mapping[str, NDArray[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [B, V] float32 of a decode step given on the host, ids as in `resolve`; good until the next run.
+
+        `others` go to the device with the same copy, for what comes behind.
+        """
         count = len(batch.token_ids)
         rows = self._batches[bisect_left(self._batches, count)]
         width = self._tables[bisect_left(self._tables, batch.layout.block_tables.shape[1])]
         arrays = _filling(rows, width, self._spare)
         _fill(arrays, batch)
-        self._replay(rows, width, self._staged(arrays))
-        return self._logits[:count]
+        staged = self._staging.put(arrays | dict(others))
+        if self._staging.memory is not self._memory:
+            size = staged_bytes(arrays)
+            self._memory[:size].copy_(self._staging.memory[:size])
+        self._replay(rows, width, arrays)
+        return self._logits[:count], {name: staged[name] for name in others}
 
-    def _staged(self, arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-        return self._staging.put(arrays)
-
-    def _replay(self, rows: int, width: int, tensors: dict[str, Tensor]) -> None:
-        """Run the capture over the staged memory, whose addresses follow from rows and width."""
+    def _replay(self, rows: int, width: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """Run the capture over the memory that holds `arrays`, whose addresses follow from rows and width."""
         replay = self._replays.get((rows, width))
         if replay is not None:
             replay()
             return
+
+        tensors = views(self._memory, arrays)
 
         def body() -> None:
             self._body(tensors, rows=rows, width=width)
@@ -126,10 +140,6 @@ class DecodeGraphs:
         token_ids = resolve(tensors["token_ids"], self._last_token)
         hidden = self._model.hidden(ForwardBatch(token_ids, layout, tensors["logits_rows"]), self._caches)
         self._logits[:rows].copy_(self._model.logits(hidden))
-
-    def _staging_bytes(self) -> int:
-        arrays = _filling(self._batches[-1], self._tables[-1], self._spare)
-        return sum(-(-array.nbytes // 256) * 256 for array in arrays.values())
 
 
 LAYOUT_NAMES = ("query_start", "seq_lens", "block_tables", "positions", "slot_mapping")

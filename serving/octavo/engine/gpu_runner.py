@@ -1,8 +1,8 @@
 """Plans in, results out on a GPU: the device is never waited for while there is a next step to give it.
 
-One worker thread. For each plan it queues the forward pass, then takes in the tokens of the step before (which have
-arrived by then, or arrive while the device computes), then queues sampling, which may need those tokens: penalties
-count them. Only without a next plan does it wait for the device. Knows no requests.
+One worker thread. For each plan it queues the whole step, then takes in the tokens of the step before, which have
+arrived by then, or arrive while the device computes. Only without a next plan does it wait for the device. Knows no
+requests.
 """
 
 from __future__ import annotations
@@ -83,14 +83,12 @@ class GpuRunner(PlanQueues):
         before: Queued | None = None  # whose result is not out yet
         while True:
             plan = self._next_plan(before)
-            queued = None if plan is None else attempt(steps.forward, plan, self._clock())
-            finished = None if before is None else attempt(self._finish, steps, before)
-            sampled = attempt(steps.sample, queued) if isinstance(queued, Queued) else queued
-            before = sampled if isinstance(sampled, Queued) else None
-            if finished is not None:  # only now: the loop takes the interpreter lock to work on it
-                self._results.put(finished)
-            if isinstance(sampled, Exception):
-                self._results.put(sampled)
+            queued = None if plan is None else attempt(steps.queue, plan, self._clock())
+            if before is not None:
+                self._results.put(attempt(self._finish, steps, before))
+            if isinstance(queued, Exception):
+                self._results.put(queued)
+            before = queued if isinstance(queued, Queued) else None
             if plan is None and self._closing:
                 return
 
@@ -101,7 +99,7 @@ class GpuRunner(PlanQueues):
                 plan = self._plans.get() if before is None else self._plans.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 assert before is not None
-                if before.arrived():
+                if before.download.arrived():
                     return None
                 continue
             self._closing = plan is None

@@ -1,6 +1,7 @@
-"""One plan on a GPU: queue the forward pass, queue sampling, take in what came out.
+"""One plan on a GPU: queue all of a step, take in what came out.
 
-Used by the GPU runner's worker thread, which decides when. Nothing here waits for the device but `finish`. A token that
+Used by the GPU runner's worker thread, which decides when. Nothing here waits for the device but `finish`. All that a
+step needs goes to the device in one copy before its work, all that it leaves comes back in one behind it. A token that
 a step samples reaches the next step on the device, in `last_token`; decode steps are replays (decode_graphs.py), steps
 with prompts or drafts run operation by operation.
 """
@@ -8,16 +9,18 @@ with prompts or drafts run operation by operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.engine.decode_graphs import LAYOUT_NAMES, DecodeGraphs, Spare, resolve
+from octavo.engine.decode_graphs import LAYOUT_NAMES, DecodeGraphs, Spare, recorded_bytes
 from octavo.engine.device_queue import DeviceQueue
 from octavo.engine.drawn import accept, logprob_entries, rows_of, spread
+from octavo.engine.newest_tokens import resolve, settle_counts
 from octavo.engine.sampler import SlotStates
 from octavo.engine.staging import Download, Staging
 from octavo.engine.step_tensors import BlockTables, forward_batch, prompt_rows
@@ -29,6 +32,7 @@ from octavo.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
 
 LOGPROB_ROWS = 64  # prompt rows whose logits are in memory at once
 LOGPROB_PARTS = ("logprob", "rank", "top_ids", "top_logprobs")
+SAMPLING_ROOM = 1 << 20  # bytes of staging for how rows sample; long lists of penalised tokens make it grow
 HOST = torch.device("cpu")
 
 
@@ -38,13 +42,7 @@ class Queued:
 
     plan: StepPlan
     started: float
-    logits: Tensor | None = None  # [R, V] of the rows that sample; gone once sampling is queued
-    hidden: Tensor | None = None  # [P, H] of the rows for log probabilities of prompts; likewise
-    download: Download | None = None  # of tokens and log probabilities, once sampling is queued
-
-    def arrived(self) -> bool:
-        """Whether `finish` will not wait."""
-        return self.download is None or self.download.arrived()
+    download: Download  # of tokens and log probabilities
 
 
 class GpuSteps:
@@ -63,15 +61,17 @@ class GpuSteps:
         # ids below 0 name the slot whose last token is meant: it is on the device only
         self._by_slot = -1 - np.arange(info.batch_size, dtype=np.int64)
         self._last_token = torch.zeros(info.batch_size + 1, dtype=torch.int64, device=device.device)
-        self._forward_staging, self._sample_staging, self._prompt_staging = (Staging(device) for _ in range(3))
+        max_blocks = -(-(longest + 1) // BLOCK)
+        self._staging = Staging(device, num_bytes=recorded_bytes(info.batch_size, max_blocks) + SAMPLING_ROOM)
         self._graphs = DecodeGraphs(
             model,
             caches,
             device,
+            self._staging,
             last_token=self._last_token,
             spare=Spare(block=info.num_blocks, slot=info.batch_size),
             batch_size=info.batch_size,
-            max_blocks=-(-(longest + 1) // BLOCK),
+            max_blocks=max_blocks,
         )
 
     def prepare(self, report: Callable[[float], None]) -> None:
@@ -79,40 +79,20 @@ class GpuSteps:
         if self._records:
             self._graphs.prepare(report)
 
-    def forward(self, plan: StepPlan, now: float) -> Queued:
-        """Queue all up to the logits. The step before need not be finished."""
-        for slot in plan.evicted_slots:
-            self._slots.release(slot)
-        for step in plan.sequences:
-            if step.fresh:
-                self._slots.start(step)
-        queued = Queued(plan, now)
-        if not plan.sequences:
-            return queued
-        batch = forward_batch(plan.sequences, self._by_slot, self._tables, device=HOST)
-        if self._records and is_decode(plan.sequences):
-            queued.logits = self._graphs.run(batch)
-            return queued
-        hidden = self._model.hidden(self._on_device(batch), self._caches)  # [R, H]
-        num_rows = sum(step.num_drafts + 1 for step in plan.sequences if step.sample)
-        if num_rows:
-            queued.logits = self._model.logits(hidden[:num_rows])
-        queued.hidden = hidden[num_rows:]
-        return queued
-
-    def sample(self, queued: Queued) -> Queued:
-        """Queue sampling, and the copy of all results to the host. The step before is finished."""
-        results = self._prompt_columns(queued)
-        steps = [step for step in queued.plan.sequences if step.sample]
-        if steps:
-            results |= self._draw(steps, queued.logits)
-        queued.download = Download(self._device, results)  # of nothing, it still marks the end of the step
-        queued.logits = queued.hidden = None
-        return queued
+    def queue(self, plan: StepPlan, now: float) -> Queued:
+        """Queue a whole step, and the copy of its results to the host. The step before need not be finished."""
+        self._take_over(plan)
+        steps = [step for step in plan.sequences if step.sample]
+        results: dict[str, Tensor] = {}
+        if plan.sequences:
+            logits, hidden, staged = self._forward(plan.sequences, self._arrays(plan.sequences, steps))
+            results = self._prompt_columns(plan.sequences, hidden, staged)
+            if steps:
+                results |= self._draw(steps, logits, staged)
+        return Queued(plan, now, Download(self._device, results))  # of nothing, it still marks the end of the step
 
     def finish(self, queued: Queued) -> StepResult:
         """What was computed; waits for its copy."""
-        assert queued.download is not None
         found = queued.download.lists()
         plan, steps = queued.plan, [step for step in queued.plan.sequences if step.sample]
         results = [Sampled(token_id) for token_id in found.get("tokens", ())]
@@ -125,42 +105,92 @@ class GpuSteps:
         drawn = spread(plan.sequences, accept(steps, results, self._slots.record))
         return StepResult(plan.step_id, drawn, self._prompt_entries(plan.sequences, found))
 
-    # ---- parts of sampling
+    # ---- parts of `queue`
 
-    def _draw(self, steps: Sequence[SequenceStep], logits: Tensor | None) -> dict[str, Tensor]:
-        """Tokens [R] of all rows, and what belongs to the log probabilities of some."""
-        assert logits is not None
+    def _take_over(self, plan: StepPlan) -> None:
+        for slot in plan.evicted_slots:
+            self._slots.release(slot)
+        for step in plan.sequences:
+            if step.fresh:
+                self._slots.start(step)
+
+    def _arrays(self, sequences: Sequence[SequenceStep], steps: Sequence[SequenceStep]) -> dict[str, NDArray[Any]]:
+        """What sampling and log probabilities need of the host, under names that no layout has."""
         rows = self._slots.rows(steps, device=HOST)
         wanted = [row for row, step in rows_of(steps) if step.params.logprobs >= 0]
         single = [row for row, step in rows_of(steps) if not step.num_drafts]
-        staged = self._sample_staging.put(
-            {field.name: getattr(rows, field.name).numpy() for field in fields(rows)}
-            | {"wanted": np.array(wanted, dtype=np.int64), "single": np.array(single, dtype=np.int64)}
-            | {"slots": np.array([step.slot for step in steps if not step.num_drafts], dtype=np.int64)}
+        slots = [step.slot for step in steps if not step.num_drafts]
+        targets = [token for step in sequences for token in self._targets(step)]
+        lists = {"wanted": wanted, "single": single, "slots": slots, "targets": targets}
+        return {field.name: getattr(rows, field.name).numpy() for field in fields(rows)} | {
+            name: np.array(numbers, dtype=np.int64) for name, numbers in lists.items()
+        }
+
+    def _forward(
+        self, sequences: Sequence[SequenceStep], others: dict[str, NDArray[Any]]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Logits [R, V] of rows that sample, hidden states [P, H] of those for prompts, and `others` on the device."""
+        batch = forward_batch(sequences, self._by_slot, self._tables, device=HOST)
+        if self._records and is_decode(sequences):
+            logits, staged = self._graphs.run(batch, others)
+            return logits, logits[:0], staged
+        on_device, staged = self._on_device(batch, others)
+        hidden = self._model.hidden(on_device, self._caches)  # [R + P, H]
+        num_rows = sum(step.num_drafts + 1 for step in sequences if step.sample)
+        logits = self._model.logits(hidden[:num_rows]) if num_rows else hidden[:0]
+        return logits, hidden[num_rows:], staged
+
+    def _on_device(
+        self, batch: ForwardBatch, others: dict[str, NDArray[Any]]
+    ) -> tuple[ForwardBatch, dict[str, Tensor]]:
+        """A batch of the host's, its ids resolved, and `others`, after one copy."""
+        given = batch.layout
+        arrays = {name: getattr(given, name).numpy() for name in LAYOUT_NAMES}
+        arrays |= {"token_ids": batch.token_ids.numpy(), "logits_rows": batch.logits_rows.numpy()}
+        staged = self._staging.put(arrays | others)
+        token_ids = resolve(staged["token_ids"], self._last_token)
+        layout = BatchLayout(
+            **{name: staged[name] for name in LAYOUT_NAMES},
+            max_query_len=given.max_query_len,
+            max_seq_len=given.max_seq_len,
         )
-        wanted_rows, single_rows, slots = (staged.pop(name) for name in ("wanted", "single", "slots"))
-        raw = logits[wanted_rows] if wanted else None  # sampling may change the logits
-        tokens = self._kernels.sample(logits, SamplingRows(**staged))
-        if single:  # the others' next step waits for the host, which counts the drafts that came true
-            self._last_token.index_copy_(0, slots, tokens[single_rows])
+        return ForwardBatch(token_ids, layout, staged["logits_rows"]), staged
+
+    def _draw(self, steps: Sequence[SequenceStep], logits: Tensor, staged: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tokens [R] of all rows, and what belongs to the log probabilities of some."""
+        wanted = staged["wanted"]
+        raw = logits[wanted] if len(wanted) else None  # sampling may change the logits
+        tokens = self._kernels.sample(logits, self._sampling_rows(steps, staged))
+        if len(staged["slots"]):  # the others' next step waits for the host, which counts the drafts that came true
+            self._last_token.index_copy_(0, staged["slots"], tokens[staged["single"]])
         if raw is None:
             return {"tokens": tokens}
         num_top = max(step.params.logprobs for step in steps)
-        return {"tokens": tokens} | self._logprobs("sampled", raw, tokens[wanted_rows], num_top=num_top)
+        return {"tokens": tokens} | self._logprobs("sampled", raw, tokens[wanted], num_top=num_top)
 
-    def _prompt_columns(self, queued: Queued) -> dict[str, Tensor]:
+    def _sampling_rows(self, steps: Sequence[SequenceStep], staged: dict[str, Tensor]) -> SamplingRows:
+        """As staged, with the tokens put in that penalties count and only the device knows."""
+        rows = SamplingRows(**{field.name: staged[field.name] for field in fields(SamplingRows)})
+        if not self._slots.counts_awaited(steps):
+            return rows
+        ids, counts = settle_counts(rows.seen_start, rows.seen_ids, rows.seen_counts, self._last_token)
+        return replace(rows, seen_ids=ids, seen_counts=counts)
+
+    def _prompt_columns(
+        self, sequences: Sequence[SequenceStep], hidden: Tensor, staged: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Log probabilities of prompt tokens that this step's rows predict, LOGPROB_ROWS rows at a time."""
-        steps = [step for step in queued.plan.sequences if prompt_rows(step)]
-        if not steps or queued.hidden is None:
+        token_ids = staged["targets"]
+        if not len(token_ids):
             return {}
-        num_top = max(step.params.prompt_logprobs for step in steps)
-        targets = np.array([token for step in steps for token in self._targets(step)], dtype=np.int64)
-        token_ids = self._prompt_staging.put({"targets": targets})["targets"]
+        num_top = max(step.params.prompt_logprobs for step in sequences if prompt_rows(step))
         parts = []
-        for low in range(0, len(targets), LOGPROB_ROWS):
-            logits = self._model.logits(queued.hidden[low : low + LOGPROB_ROWS])
+        for low in range(0, len(token_ids), LOGPROB_ROWS):
+            logits = self._model.logits(hidden[low : low + LOGPROB_ROWS])
             parts.append(self._logprobs("prompt", logits, token_ids[low : low + LOGPROB_ROWS], num_top=num_top))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    # ---- parts of `finish`
 
     def _prompt_entries(
         self, steps: Sequence[SequenceStep], found: dict[str, list[Any]]
@@ -185,16 +215,6 @@ class GpuSteps:
     def _logprobs(self, name: str, logits: Tensor, token_ids: Tensor, *, num_top: int) -> dict[str, Tensor]:
         columns = self._kernels.logprobs(logits, token_ids, min(num_top, logits.shape[1]))
         return {f"{name}.{part}": column for part, column in zip(LOGPROB_PARTS, columns)}
-
-    def _on_device(self, batch: ForwardBatch) -> ForwardBatch:
-        """A batch of the host's, its ids resolved, after one copy."""
-        given = batch.layout
-        arrays = {name: getattr(given, name).numpy() for name in LAYOUT_NAMES}
-        arrays |= {"token_ids": batch.token_ids.numpy(), "logits_rows": batch.logits_rows.numpy()}
-        staged = self._forward_staging.put(arrays)
-        token_ids, logits_rows = resolve(staged.pop("token_ids"), self._last_token), staged.pop("logits_rows")
-        layout = BatchLayout(**staged, max_query_len=given.max_query_len, max_seq_len=given.max_seq_len)
-        return ForwardBatch(token_ids, layout, logits_rows)
 
 
 def is_decode(steps: Sequence[SequenceStep]) -> bool:

@@ -72,6 +72,7 @@ class _Slot:
     bias: Lists = EMPTY  # the request's
     banning: Lists = EMPTY  # and end tokens banned
     min_tokens: int = 0
+    num_recorded: int = 0  # output tokens whose ids are known here
     prompt: Sequence[int] = ()  # kept only for prompt logprobs
 
     def has_lists(self, num_outputs: int) -> bool:
@@ -109,6 +110,7 @@ class SlotStates:
             bias=_biases(params, banned=()),
             banning=_biases(params, banned=params.end_token_ids),
             min_tokens=params.min_tokens if params.end_token_ids else 0,
+            num_recorded=max(0, len(step.history) - step.prompt_len),
             prompt=step.history[: step.prompt_len] if params.prompt_logprobs >= 0 else (),
         )
         self._last_rows = None
@@ -123,9 +125,17 @@ class SlotStates:
         """The prompt of the sequence in a slot; kept only if it wants prompt logprobs."""
         return self._slots[slot].prompt
 
+    def counts_awaited(self, steps: Sequence[SequenceStep]) -> bool:
+        """Whether `rows` has a list whose last id is -1 - slot: it stands for a token that was not recorded yet."""
+        return any(self._slots[step.slot].seen is not None and self._awaits(step) for step in steps)
+
+    def _awaits(self, step: SequenceStep) -> bool:
+        return step.num_outputs > self._slots[step.slot].num_recorded
+
     def record(self, slot: int, token_id: int) -> None:
         """A token was sampled."""
         self.last_token[slot] = token_id
+        self._slots[slot].num_recorded += 1
         seen = self._slots[slot].seen
         if seen is not None:
             seen.add(token_id, count=1)
@@ -138,7 +148,7 @@ class SlotStates:
         slots, positions = _slots_and_positions(steps)
         if self._last_rows is None or self._last_rows[0] != slots:
             self._last_rows = slots, self._make_rows(slots, device)
-        rows = replace(self._last_rows[1], position=on_device(np.array(positions), device))
+        rows = replace(self._last_rows[1], position=on_device(np.array(positions, dtype=np.int64), device))
         if not any(self._slots[step.slot].has_lists(step.num_outputs) for step in steps):
             return rows
         seen_start, seen_ids, seen_counts = _csr([row for step in steps for row in self._seen(step)], np.int32, device)
@@ -173,7 +183,13 @@ class SlotStates:
 
     def _seen(self, step: SequenceStep) -> list[Lists]:
         seen = self._slots[step.slot].seen
-        return [EMPTY] * (step.num_drafts + 1) if seen is None else seen.ahead(step.drafts)
+        if seen is None:
+            return [EMPTY] * (step.num_drafts + 1)
+        rows = seen.ahead(step.drafts)
+        if not self._awaits(step):
+            return rows
+        newest = np.int32(-1 - step.slot)
+        return [(np.append(ids, newest), np.append(counts, np.int32(1))) for ids, counts in rows]
 
     def _bias(self, step: SequenceStep) -> list[Lists]:
         slot = self._slots[step.slot]

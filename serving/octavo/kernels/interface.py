@@ -145,7 +145,7 @@ class SamplingRows:
     frequency_penalty: Tensor  # [B] float32
     presence_penalty: Tensor  # [B] float32
     seen_start: Tensor  # [B + 1] int32
-    seen_ids: Tensor  # [S] int32: tokens of prompt or output, each once per row
+    seen_ids: Tensor  # [S] int32: tokens of prompt or output, each once per row; below 0: none, passed over
     seen_counts: Tensor  # [S] int32: times in the output; 0: in the prompt only
     bias_start: Tensor  # [B + 1] int32
     bias_ids: Tensor  # [T] int32

@@ -72,7 +72,8 @@ def _sample_row(z: Tensor, rows: SamplingRows, i: int) -> int:
 def _penalize(z: Tensor, rows: SamplingRows, i: int) -> None:
     """Apply penalties to what was seen, then biases, in place."""
     seen = slice(int(rows.seen_start[i]), int(rows.seen_start[i + 1]))
-    ids, counts = rows.seen_ids[seen].long(), rows.seen_counts[seen].float()
+    known = rows.seen_ids[seen] >= 0
+    ids, counts = rows.seen_ids[seen][known].long(), rows.seen_counts[seen][known].float()
     x, repetition = z[ids], rows.repetition_penalty[i]
     x = torch.where(x > 0, x / repetition, x * repetition)
     x = x - rows.frequency_penalty[i] * counts
