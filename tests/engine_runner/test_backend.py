@@ -138,6 +138,24 @@ def test_out_of_memory_at_any_stage_of_loading_is_one_line_of_advice(
     assert "\n" not in str(caught.value)
 
 
+@needs_triton
+@pytest.mark.parametrize(("num_experts", "top_k"), [(0, 1), (8, 2), (64, 6), (128, 8), (256, 8)])
+@pytest.mark.parametrize("largest", [40, 500, 4144])
+def test_a_card_is_warmed_up_with_every_tile_that_a_step_may_take(num_experts: int, top_k: int, largest: int) -> None:
+    """Else the first request that takes one waits for the compiler."""
+    from octavo.kernels.gpu.device import DeviceLimits
+    from octavo.kernels.gpu.tiles import Tile, int8_tile
+
+    def tile(tokens: int) -> Tile:
+        rows = min(64, max(1, tokens * top_k // num_experts)) if num_experts else tokens
+        limits = DeviceLimits((9, 0), 232448)
+        return int8_tile(rows, 1536, 2048, limbs=2, group=0, residual=False, limits=limits)
+
+    sizes = load.card_warmup_sizes(largest)
+    assert max(sizes) == min(largest, 4096)
+    assert {tile(tokens) for tokens in sizes} == {tile(tokens) for tokens in range(2, largest + 1)}
+
+
 def test_other_failures_of_loading_keep_their_words(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("something else")

@@ -6,6 +6,7 @@ Whatever it fills up, stages, replays or takes over from the device must leave t
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from models.tiny_checkpoints import VOCAB
 from octavo.engine.core import EngineCore, make_scheduler
 from octavo.engine.decode_graphs import batch_buckets, table_buckets
 from octavo.engine.device_queue import Body, ImmediateQueue
-from octavo.engine.gpu_runner import ADVICE, GpuRunner
+from octavo.engine.gpu_runner import ADVICE, GpuRunner, attempt
 from octavo.engine.gpu_steps import GpuSteps, Queued
 from octavo.engine.interface import DeviceLost, Runner, RunnerError, StepOutOfMemory
 from octavo.engine.kv_cache import cache_specs, make_caches
@@ -266,6 +267,21 @@ def test_steps_run_unrecorded_where_a_recording_finds_no_memory(
     monkeypatch.setattr(device_queue, "capture", no_memory)
     assert Driver(runner).run(PROMPT, params(), count=6) == Driver(plain).run(PROMPT, params(), count=6)
     assert device_queue.captures == 1
+
+
+def test_a_step_without_memory_gives_its_tensors_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the allocator is asked to give back what nobody holds."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    held: list[torch.Tensor | None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(made[0]()))
+
+    def part() -> None:
+        activations = torch.zeros(8)
+        made.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("2 GiB")
+
+    assert isinstance(attempt(part), StepOutOfMemory)
+    assert held == [None]
 
 
 def failing(error: Exception) -> object:

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -124,6 +125,7 @@ def failure(error: Exception) -> Exception:
     """What `collect` makes of an error: advice if memory ran out, DeviceLost if nothing will work any more."""
     text = str(error)
     if out_of_memory(error):
+        traceback.clear_frames(error.__traceback__)  # the step's tensors are there still
         torch.cuda.empty_cache()
         LOG.error("%s (%s)", ADVICE, text.splitlines()[0])
         return StepOutOfMemory(ADVICE)

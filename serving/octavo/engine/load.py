@@ -40,7 +40,8 @@ from octavo.settings import Settings
 
 LOG = logging.getLogger(__name__)
 WARMUP_TOKENS = 256
-CARD_WARMUP_TOKENS = (16, 32, 64, 256)  # each has tiles of its own, which are compiled at their first use
+# Rows, and with experts the rows of one, have tiles of their own, which are compiled at their first use.
+CARD_WARMUP_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def load_runner(settings: Settings, progress: Progress, *, clock: Callable[[], float] = time.monotonic) -> Runner:
@@ -81,8 +82,9 @@ def _load(settings: Settings, progress: Progress, clock: Callable[[], float]) ->
     on_card = model.kernels.device.type == "cuda"
     if settings.use_warmup or on_card:
         progress("warmup", 0.0)
-        for count in CARD_WARMUP_TOKENS if on_card else (WARMUP_TOKENS,):
-            warm_up(runner, num_tokens=min(count, longest - 1))
+        largest = min(_step_rows(settings, kernels), longest - 1)
+        for count in card_warmup_sizes(largest) if on_card else [min(WARMUP_TOKENS, longest - 1)]:
+            warm_up(runner, num_tokens=count)
     progress("ready", 1.0)
     return runner
 
@@ -111,6 +113,15 @@ def warm_up(runner: Runner, *, num_tokens: int) -> None:
         )
         runner.submit(StepPlan(step_id=step_id, sequences=[step]))
         runner.collect()
+
+
+def card_warmup_sizes(largest: int) -> list[int]:
+    """Tokens of the prompts that warm a card up, none beyond the largest step."""
+    return [count for count in CARD_WARMUP_TOKENS if count < largest] + [min(largest, CARD_WARMUP_TOKENS[-1])]
+
+
+def _step_rows(settings: Settings, kernels: Kernels) -> int:
+    return settings.max_num_batched_tokens or budget_of(kernels.name, batch_size=settings.batch_size)
 
 
 def _torch_threads(settings: Settings, kernels: Kernels) -> int | None:
@@ -160,8 +171,7 @@ def _count_blocks(settings: Settings, model: Decoder) -> int:
     is_host = kernels.device.type == "cpu"
     available = available_memory(kernels.device)
     if not is_host:  # on a host, activations are small beside everything else
-        rows = settings.max_num_batched_tokens or budget_of(kernels.name, batch_size=settings.batch_size)
-        longest = longest_sequence(settings, context_length=config.context_length)
+        rows, longest = _step_rows(settings, kernels), longest_sequence(settings, context_length=config.context_length)
         available -= workspace_bytes(config, rows=rows, batch_size=settings.batch_size, longest=longest)
     return count_blocks(
         settings,

@@ -22,7 +22,7 @@ def settle_counts(start: Tensor, ids: Tensor, counts: Tensor, last_token: Tensor
     """
     owner = torch.searchsorted(start[1:], torch.arange(len(ids), dtype=start.dtype, device=ids.device), right=True)
     last = ids[(start[1:] - 1).clamp(min=0).long()].long()  # [R]; of an empty list somebody's, and nobody asks
-    newest = torch.where(last < 0, resolve(last, last_token), -1)[owner].to(ids.dtype)  # [S]
+    newest = resolve(last, last_token).masked_fill(last >= 0, -1)[owner].to(ids.dtype)  # [S]
     known = (ids == newest).to(counts.dtype)
     listed = torch.zeros(len(start) - 1, dtype=counts.dtype, device=ids.device).index_add_(0, owner, known)[owner]
-    return torch.where(ids < 0, torch.where(listed > 0, -1, newest), ids), counts + known
+    return torch.where(ids < 0, newest.masked_fill(listed > 0, -1), ids), counts + known
