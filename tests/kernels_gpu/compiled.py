@@ -59,7 +59,42 @@ def build(case: Case, capability: int) -> Report:
 def compile_case(case: Case, capability: int) -> Any:
     """A case as triton-lang compiles it."""
     import triton
+
+    return triton.compile(_source(case, capability), target=_target(capability), options=_options(case))
+
+
+def tensor_code(case: Case, capability: int) -> str:
+    """A case as triton-lang reads it, its functions inlined: quickly made, one value a line."""
+    from triton.compiler.compiler import ir, make_backend
+
+    source, backend = _source(case, capability), make_backend(_target(capability))
+    options = backend.parse_options({**source.parse_options(), **_options(case)})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    implementations = backend.get_codegen_implementation(options)
+    module = source.make_ir(_target(capability), options, implementations, backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+def _target(capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", capability, 32)
+
+
+def _options(case: Case) -> dict[str, Any]:
+    return {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": False,
+        "launch_pdl": bool(case.constants.get("PDL", False)),
+    }
+
+
+def _source(case: Case, capability: int) -> Any:
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
@@ -74,16 +109,8 @@ def compile_case(case: Case, capability: int) -> Any:
         for name, kind in signature.items()
         if kind.startswith("*") or name in case.aligned
     }
-    constants = {(names.index(name),): value for name, value in values.items()}
-    return triton.compile(
-        ASTSource(case.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": case.num_warps,
-            "num_stages": case.num_stages,
-            "enable_fp_fusion": False,
-            "launch_pdl": bool(values.get("PDL", False)),
-        },
+    return ASTSource(
+        case.kernel, signature, {(names.index(name),): value for name, value in values.items()}, attributes
     )
 
 

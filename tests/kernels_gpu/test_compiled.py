@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kernels_gpu.compiled import BUDGETS, Case, Report, build, compile_case
+from kernels_gpu.compiled import BUDGETS, Case, Report, build, compile_case, tensor_code
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton-lang is not installed", allow_module_level=True)
@@ -113,6 +114,45 @@ def test_what_other_models_need_compiles_and_fits_the_smallest_cards(case: Case,
     report = build(case, capability)
     assert report.shared_bytes <= CARDS[capability].shared_bytes
     assert report.byte_loads == 0
+
+
+# What has more than 2^31 elements in a large cache, a long step or a wide vocabulary; all else is small.
+LARGE = {
+    "k_ptr", "v_ptr", "k_scale_ptr", "v_scale_ptr", "q_ptr", "out_ptr", "partial_ptr", "stats_ptr", "x_ptr", "y_ptr",
+    "w_ptr", "table_ptr", "residual_ptr", "add_ptr", "z_ptr", "sums_ptr",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_places_in_large_memory_are_64_bits_wide(case: Case) -> None:
+    """Whatever is added first to its address: the row, the block or the tile."""
+    widths = first_offsets(tensor_code(case, case.capabilities[-1]), LARGE)
+    assert set(widths.values()) <= {"i64"}, widths
+    assert any(name in widths for name in LARGE)
+
+
+def first_offsets(code: str, names: set[str]) -> dict[str, str]:
+    """By argument of a kernel in tensor code: the type of the numbers that are added to it first."""
+    widths: dict[str, str] = {}
+    owner = {f"%{name}": name for name in names}
+    for line in code.splitlines():
+        spread = re.search(r"(%[\w#]+) = tt\.(?:splat|broadcast|expand_dims) (%\w+)", line)
+        if spread and spread[2] in owner:
+            owner[spread[1]] = owner[spread[2]]
+        added = re.search(r"= tt\.addptr (%\w+), .*[ x](i\d+)>? loc", line)
+        if added and added[1] in owner:
+            widths[owner[added[1]]] = "i32" if added[2] == "i32" else widths.get(owner[added[1]], added[2])
+    return widths
+
+
+def test_a_narrow_place_is_found() -> None:
+    code = """
+    %a = tt.splat %k_ptr : !tt.ptr<i8> -> tensor<64x!tt.ptr<i8>> loc(#loc1)
+    %b = tt.addptr %a, %c : tensor<64x!tt.ptr<i8>>, tensor<64xi32> loc(#loc2)
+    %d = tt.addptr %v_ptr, %e : !tt.ptr<i8>, i64 loc(#loc3)
+    %f = tt.addptr %d, %g : !tt.ptr<i8>, i32 loc(#loc4)
+    """
+    assert first_offsets(code, LARGE) == {"k_ptr": "i32", "v_ptr": "i64"}
 
 
 def test_budgets_name_every_case_and_nothing_else() -> None:
