@@ -34,6 +34,7 @@ RECORDED = "3.6."
 SLACK = 1.05  # a patch release of the assembler may move a few registers
 # What a plain test run compiles; the rest, and the other architectures, take a minute and are marked slow.
 QUICK = {
+    80: ("int8_gemm m16 n28672 limbs2", "decode_segments d128 group4"),
     90: (
         "int8_gemm m16 n28672 limbs2", "int8_gemm m48 n28672 limbs2", "fp8_gemm m48", "decode_segments d128 group4",
         "rope_write i8",
