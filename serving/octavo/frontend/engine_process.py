@@ -24,7 +24,7 @@ log = logging.getLogger("octavo.frontend")
 
 EXIT_REASONS = {2: "bad settings or model", 3: "INFER_QUEUE_PORT is in use by another program"}
 EXIT_LOCKED = 4  # another engine holds the lock: attach to that one
-FIRST_PAUSE, LAST_PAUSE = 0.5, 15.0  # seconds between starts
+FIRST_PAUSE, LAST_PAUSE = 0.5, 4.0  # seconds between starts; below the five in which an engine is promised to be back
 
 
 def find_python() -> str:
