@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,26 @@ from typing import Any
 from measure import ROOT, Bench
 
 NEEDED = ("msgspec", "zmq", "fastapi", "uvicorn", "tritonclient", "grpc", "tokenizers", "jinja2")
+NEEDED_BY_FRONT_END = ("msgspec", "zmq", "tokenizers", "jinja2", "prometheus_client")  # without gateway and Triton
 SECONDS = 80
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where a running server is found."""
+
+    url: str  # of the gateway
+    metrics: str
+
+
+def absent(names: Sequence[str]) -> list[str]:
+    """Modules that are not installed."""
+    return [name for name in names if not _is_installed(name)]
 
 
 def missing() -> list[str]:
     """What the server needs and this machine has not."""
-    lacking = [name for name in NEEDED if not _is_installed(name)]
+    lacking = absent(NEEDED)
     if not Path("/opt/tritonserver").is_dir():
         try:
             version("nvidia-pytriton")  # its binaries are no module
@@ -50,10 +65,10 @@ def server_part(bench: Bench, folder: Path) -> None:
         return
     vocab = add_tokenizer(folder)
     sizes, streams = bench.sizes, bench.sizes.of("batch", 48)
-    with node(folder, device=bench.device.type, batch_size=streams, longest=sizes.of("context", 4352)) as url:
+    with node(folder, device=bench.device.type, batch_size=streams, longest=sizes.of("context", 4352)) as server:
         shape = {"--input-len": sizes.of("rows", 512), "--output-len": sizes.of("rows", 128)}
         load = {"--num-requests": 3 * streams, "--concurrency": streams, "--warmup": streams, "--api": "native"}
-        found = _ask(url, {**shape, **load, "--token-range": f"300:{min(vocab, 32000)}"})
+        found = _ask(server.url, {**shape, **load, "--token-range": f"300:{min(vocab, 32000)}"})
     bench.note("server 48 streams", found["output_tok_per_s"], "tok/s")
     for name, figure, share in (("first token", "ttft", "p50_ms"), ("late gap (p99)", "itl", "p99_ms")):
         if found[figure] is not None:  # answers of one message have no gap
@@ -71,8 +86,8 @@ def add_tokenizer(folder: Path) -> int:
 
 
 @contextmanager
-def node(folder: Path, *, device: str, batch_size: int, longest: int) -> Iterator[str]:
-    """A ready server on free ports; the gateway's address."""
+def node(folder: Path, *, device: str, batch_size: int, longest: int) -> Iterator[Node]:
+    """A ready server on free ports."""
     from served import free_ports, wait_ready
 
     ports = free_ports()
@@ -85,7 +100,8 @@ def node(folder: Path, *, device: str, batch_size: int, longest: int) -> Iterato
         process = subprocess.Popen([sys.executable, "-m", "octavo.node"], env={**os.environ, **ports, **mine})
         try:
             wait_ready(process, int(ports["HTTP_PORT"]))
-            yield f"http://127.0.0.1:{ports['PUSH_MODE_HTTP_PORT']}"
+            here = "http://127.0.0.1"
+            yield Node(f"{here}:{ports['PUSH_MODE_HTTP_PORT']}", f"{here}:{ports['METRICS_PORT']}/metrics")
         finally:
             process.terminate()
             try:

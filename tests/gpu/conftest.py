@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from octavo.kernels.choose import choose
 from octavo.kernels.interface import Kernels
 from octavo.kernels.reference import ReferenceKernels
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 provide()  # before the engine's tests are imported
 SECONDS, GRACE = 430, 30  # a lent card is there for eight minutes at a time
 
@@ -40,6 +44,14 @@ def gpu() -> Kernels:
 def reference() -> Kernels:
     """The specification, on the CPU."""
     return ReferenceKernels()
+
+
+@pytest.fixture(scope="session")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of an 8B shape, 9 GB, made once for all that load it."""
+    from gpu_model import LLAMA_8B, make_model
+
+    return make_model(tmp_path_factory.mktemp("large"), LLAMA_8B)
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,7 @@ class Shape:
 
 
 LLAMA_8B = Shape(4096, 14336, HeadLayout(32, 8, 128, 128**-0.5))
+ROOM_FOR_8B = 24 << 30  # free bytes: its int8 weights twice while they load, and a cache
 SMALL = Shape(512, 1280, HeadLayout(8, 2, 64, 0.125))
 TOY = Shape(64, 96, HeadLayout(4, 2, 16, 0.25))  # for dry runs of the benchmark
 

@@ -12,17 +12,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 
 from gpu_engine import Engine
-from gpu_model import LLAMA_8B, make_model
 
-NEEDED = 24 << 30  # bytes: weights twice while they load, and a cache
+from gpu.steps import ROOM_FOR_8B
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    if torch.cuda.mem_get_info()[0] < NEEDED:
-        pytest.skip(f"needs {NEEDED >> 30} GiB of free device memory")
-    folder = make_model(tmp_path_factory.mktemp("large"), LLAMA_8B)
-    made = Engine.load(folder, batch_size=48, longest=2048, device="cuda")
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    if torch.cuda.mem_get_info()[0] < ROOM_FOR_8B:
+        pytest.skip(f"needs {ROOM_FOR_8B >> 30} GiB of free device memory")
+    made = Engine.load(request.getfixturevalue("large_folder"), batch_size=48, longest=2048, device="cuda")
     yield made
     made.close()
 

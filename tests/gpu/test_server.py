@@ -1,48 +1,71 @@
-"""The whole server on a card, through gateway and Triton, where all it needs is installed (see docs/gpu.md)."""
+"""The whole server on a card over an 8B shape with random weights: the engine's own process behind a front end in this
+one, then all of it through gateway and Triton. Each where what it needs is installed (see docs/gpu.md).
+"""
 
 from __future__ import annotations
 
-import json
+import gc
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import pytest
+import torch
 
-from gpu.steps import DEVICE
+from gpu.server_checks import InProcess, OverHttp, ServerChecks, front_end, gateway
+from gpu.steps import ROOM_FOR_8B
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 
 from gpu_model import TINY, make_model
-from gpu_server import add_tokenizer, missing, node
+from gpu_server import NEEDED_BY_FRONT_END, absent, add_tokenizer, missing
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An 8B shape, or a tiny one on a card that has no room for it."""
+    gc.collect()
+    torch.cuda.empty_cache()  # the engines are other processes
+    if torch.cuda.mem_get_info()[0] >= ROOM_FOR_8B:
+        made: Path = request.getfixturevalue("large_folder")
+    else:
+        made = make_model(tmp_path_factory.mktemp("served"), TINY)
+    add_tokenizer(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def in_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    lacking = absent(NEEDED_BY_FRONT_END)
+    if lacking:
+        pytest.skip(f"the front end needs what is not installed here: {' '.join(lacking)}")
+    with front_end(request.getfixturevalue("folder"), tmp_path_factory.mktemp("run"), DEVICE="cuda") as ready:
+        yield ready
+
+
+@pytest.fixture(scope="module")
+def over_http(request: pytest.FixtureRequest) -> Iterator[OverHttp]:
     lacking = missing()
     if lacking:
         pytest.skip(f"the server needs what is not installed here: {' '.join(lacking)}")
-    folder = make_model(tmp_path_factory.mktemp("served"), TINY, device=DEVICE.type)
-    add_tokenizer(folder)
-    with node(folder, device=DEVICE.type, batch_size=16, longest=1024) as address:
-        yield address
+    with gateway(request.getfixturevalue("folder"), device="cuda") as ready:
+        yield ready
 
 
-def ask(url: str, index: int) -> dict[str, object]:
-    body = {
-        "input_ids": [3 + (7 * index + i) % 900 for i in range(20 + 40 * index)], "max_dec_len": 24,
-        "infer_seed": index, "temperature": 0.0 if index % 2 else 0.9, "topp": 0.9,
-    }  # fmt: skip
-    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())
+class TestFrontEndAndEngine(ServerChecks):
+    """Over the ZeroMQ link, without Triton."""
+
+    @pytest.fixture
+    def service(self, in_process: InProcess) -> InProcess:
+        return in_process
+
+    def test_the_engine_runs_on_the_card(self, service: InProcess) -> None:
+        assert service.op("info")["model"]["kernels"] == "gpu"
 
 
-def test_requests_in_a_crowd_say_what_they_say_alone(url: str) -> None:
-    alone = [ask(url, index)["tokens_all"] for index in range(8)]
-    with ThreadPoolExecutor(16) as pool:
-        crowd = list(pool.map(lambda index: ask(url, index % 8)["tokens_all"], range(16)))
-    assert crowd == alone * 2
-    assert all(alone)
+class TestThroughTriton(ServerChecks):
+    """node, tritonserver and gateway."""
+
+    @pytest.fixture
+    def service(self, over_http: OverHttp) -> OverHttp:
+        return over_http
