@@ -30,7 +30,7 @@ from gpu.steps import LLAMA_8B as LAYER_8B
 from gpu.steps import Layer, angles, captured, layout_of, run
 from octavo.kernels.gpu.backend import GpuKernels
 from octavo.kernels.gpu.tiles import Tile
-from octavo.kernels.gpu.tuned_tiles import FOLDER, ROW_CLASSES, Choice, entry_name, file_of
+from octavo.kernels.gpu.tuned_tiles import FOLDER, ROW_CLASSES, Choice, entry_name, file_of, row_class
 from octavo.kernels.interface import ActivationFormat
 
 ROWS = dict(zip(ROW_CLASSES, (16, 32, 48, 256, 4096)))  # what stands for each class
@@ -70,7 +70,8 @@ def fastest(bench: Bench, size: tuple[int, int], rows: int, limbs: int) -> tuple
     expected, found = kernels.linear(x, packed, residual=residual), []
     inputs = packed.weight.shape[1]  # type: ignore[attr-defined]
     name = entry_name(rows, size[0], inputs, limbs)
-    choices = list(candidates(rows, inputs, limbs=limbs, shared=kernels.shared_bytes))
+    tried = candidates(rows, inputs, limbs=limbs, shared=kernels.shared_bytes)
+    choices = [choice for choice in tried if choice.has_counters(row_class(rows), size[0])]
     for choice in choices if bench.device.type == "cuda" else choices[:4]:  # a dry run tries a few
         kernels.use_tiles({name: choice})
         try:

@@ -96,6 +96,24 @@ def test_a_table_goes_before_the_rules_and_changes_no_bit(tmp_path: Path) -> Non
             read_table("wrong", limits, tmp_path)
 
 
+def test_a_table_cuts_no_product_into_more_tiles_than_are_counted(tmp_path: Path) -> None:
+    """Of the most rows that an entry is for: a wide product, and one of any number of rows."""
+    limits, tile = DeviceLimits((9, 0), 232448, 132), {"block_m": 16, "block_n": 16, "block_k": 128, "num_stages": 3}
+    for name, parts, fits in (
+        (entry_name(1, 128256, 4096, 1), 2, True), (entry_name(33, 128256, 4096, 1), 2, False),
+        (entry_name(33, 128256, 4096, 1), 1, True), (entry_name(5000, 64, 4096, 1), 2, False),
+        (entry_name(16, 65536, 4096, 1), 4, True), (entry_name(16, 65537, 4096, 1), 4, False),
+    ):  # fmt: skip
+        entry = {**tile, "num_warps": 4, "parts": parts}
+        file_of("wide", tmp_path).write_text(json.dumps({"products": {name: entry}}))
+        if fits:
+            choice = read_table("wide", limits, tmp_path).products[name]
+            assert products.num_tiles(choice.tile, 16, 65536) * choice.parts <= products.MOST_TILES
+        else:
+            with pytest.raises(BadTable, match=rf"{name}: {parts} parts of \d+ tiles; 16384 is the most"):
+                read_table("wide", limits, tmp_path)
+
+
 def test_parts_fill_the_card_and_no_more() -> None:
     h200 = DeviceLimits((9, 0), 232448, 132)
     for rows, outputs, inputs, expected in (

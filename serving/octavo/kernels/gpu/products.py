@@ -15,13 +15,12 @@ from torch import Tensor
 from octavo.kernels.gpu import gemm
 from octavo.kernels.gpu.device import GpuBase, checked, round_up
 from octavo.kernels.gpu.rows import FLOAT_TYPES, STRIDE
-from octavo.kernels.gpu.tiles import GROUP_M, float_tile, fp8_tile, int8_tile, parts_of
+from octavo.kernels.gpu.tiles import GROUP_M, MOST_TILES, float_tile, fp8_tile, int8_tile, num_tiles, parts_of
 from octavo.kernels.gpu.tuned_tiles import Choice, entry_name
 from octavo.kernels.interface import FLOAT, Activation, ActivationFormat, PackedLinear, Quantized
 from octavo.kernels.reference.products import check_fp8, check_int8, fp8_scale, per_group
 
 SMALLEST_GROUP = 32  # inputs of one step of the tensor cores
-MOST_TILES = 16384  # of a product that is cut along K: more fill any card
 OLDEST_FP8 = (8, 9)  # tensor cores that multiply e4m3
 
 
@@ -185,7 +184,7 @@ class GpuProducts(GpuBase):
         if chosen.parts > 1:
             self._in_parts(x, weight, residual, y, chosen)
             return
-        grid = (-(-rows // tile.block_m) * -(-outputs // tile.block_n),)
+        grid = (num_tiles(tile, rows, outputs),)
         unused = weight.scale
         gemm.int8_gemm[grid](
             q, x.scale, weight.weight, weight.scale,
@@ -203,7 +202,7 @@ class GpuProducts(GpuBase):
     def _in_parts(self, x: Quantized, weight: GpuLinear8, residual: Tensor | None, y: Tensor, chosen: Choice) -> None:
         tile, parts = chosen.tile, chosen.parts
         rows, outputs, inputs = x.shape[0], weight.out_features, weight.weight.shape[1]
-        tiles, limbs = -(-rows // tile.block_m) * -(-outputs // tile.block_n), x.format.limbs
+        tiles, limbs = num_tiles(tile, rows, outputs), x.format.limbs
         shape = (tiles, parts, limbs, tile.block_m, tile.block_n)
         sums = torch.empty(shape, dtype=torch.int32, device=self.device)
         steps = -(-inputs // (parts * tile.block_k))
@@ -225,7 +224,7 @@ class GpuProducts(GpuBase):
     def _float_product(self, x: Tensor, weight: GpuFloatLinear, residual: Tensor | None, y: Tensor) -> None:
         rows, outputs, inputs = x.shape[0], weight.out_features, weight.in_features
         tile = float_tile(weight.weight.dtype)
-        grid = (-(-rows // tile.block_m) * -(-outputs // tile.block_n),)
+        grid = (num_tiles(tile, rows, outputs),)
         gemm.float_gemm[grid](
             x, weight.weight, x if weight.bias is None else weight.bias, y if residual is None else residual, y,
             rows, outputs, inputs, HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None,

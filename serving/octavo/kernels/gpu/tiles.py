@@ -15,6 +15,7 @@ from octavo.kernels.interface import FP8_STEP
 
 GROUP_M = 8  # tiles of M that share their weights in L2
 MOST_PARTS = 8
+MOST_TILES = 16384  # times parts, of a product that is cut along K: more fill any card
 LEAST_STEPS = 4  # of one part
 PROGRAMS = 2  # at work on one processor
 
@@ -62,6 +63,11 @@ def _wanted(rows: int, outputs: int, *, limbs: int, residual: bool) -> Tile:
     return Tile(128, 128, 128, 8, 4 if limbs == 1 or not residual else 3)
 
 
+def num_tiles(tile: Tile, rows: int, outputs: int) -> int:
+    """Tiles of a product's result."""
+    return -(-rows // tile.block_m) * -(-outputs // tile.block_n)
+
+
 def parts_of(tile: Tile, rows: int, outputs: int, inputs: int, *, limits: DeviceLimits) -> int:
     """Into how many parts K is cut so that few tiles keep the whole card reading: 1, 2, 4 or 8.
 
@@ -69,9 +75,9 @@ def parts_of(tile: Tile, rows: int, outputs: int, inputs: int, *, limits: Device
     """
     if rows > 64:
         return 1
-    tiles = -(-rows // tile.block_m) * -(-outputs // tile.block_n)
+    tiles = num_tiles(tile, rows, outputs)
     room = limits.processors * PROGRAMS * 5 // 4  # a few programs too many cost less than many too few
-    most = min(MOST_PARTS, room // tiles, inputs // (LEAST_STEPS * tile.block_k))
+    most = min(MOST_PARTS, room // tiles, MOST_TILES // tiles, inputs // (LEAST_STEPS * tile.block_k))
     return 1 << max(0, most.bit_length() - 1)
 
 

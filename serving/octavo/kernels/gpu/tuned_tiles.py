@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.kernels.gpu.device import DeviceLimits
-from octavo.kernels.gpu.tiles import MOST_PARTS, Tile
+from octavo.kernels.gpu.tiles import MOST_PARTS, MOST_TILES, Tile, num_tiles
 
 FOLDER = Path(__file__).with_name("tuned")
 ROW_CLASSES = (16, 32, 64, 256, 1 << 30)  # products with up to so many rows share an entry
@@ -26,6 +26,10 @@ class Choice:
 
     tile: Tile
     parts: int = 1
+
+    def has_counters(self, rows: int, outputs: int) -> bool:
+        """Whether products of up to `rows` rows can be cut so: every tile of a cut one has a counter."""
+        return self.parts == 1 or num_tiles(self.tile, rows, outputs) * self.parts <= MOST_TILES
 
 
 class BadTable(ValueError):
@@ -69,7 +73,7 @@ def _choice(where: str, values: Mapping[str, int], limits: DeviceLimits) -> Choi
     parts = values.get("parts", 1)
     tile = Tile(**{name: value for name, value in values.items() if name != "parts"})
     limbs = 2 if where.endswith("2 limbs") else 1
-    inputs = int(where.rsplit(" x ", 1)[1].split(",")[0])
+    rows, outputs, inputs = _sizes(where)
     blocks = {tile.block_m, tile.block_n, tile.block_k}
     if not blocks <= POWERS or tile.num_warps not in (4, 8) or not 1 <= tile.num_stages <= 8:
         raise BadTable(f"{where}: no such tile: {tile}")
@@ -77,4 +81,16 @@ def _choice(where: str, values: Mapping[str, int], limits: DeviceLimits) -> Choi
         raise BadTable(f"{where}: {tile} fits neither the shape nor the card's shared memory")
     if not 1 <= parts <= MOST_PARTS:
         raise BadTable(f"{where}: {parts} parts; there are 1 to {MOST_PARTS}")
-    return Choice(tile, parts)
+    choice = Choice(tile, parts)
+    if not choice.has_counters(rows, outputs):
+        raise BadTable(f"{where}: {parts} parts of {num_tiles(tile, rows, outputs)} tiles; {MOST_TILES} is the most")
+    return choice
+
+
+def _sizes(name: str) -> tuple[int, int, int]:
+    """Rows at most, outputs and inputs of an entry's products."""
+    found = re.search(r"(\d+) rows, (\d+) x (\d+),", name)
+    if found is None:
+        raise BadTable(f"{name}: no product is called so")
+    rows, outputs, inputs = map(int, found.groups())
+    return rows, outputs, inputs
