@@ -5,7 +5,9 @@ Whatever it fills up, stages, replays or takes over from the device must leave t
 
 from __future__ import annotations
 
+import gc
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -20,9 +22,9 @@ from octavo.engine.core import EngineCore, make_scheduler
 from octavo.engine.decode_graphs import batch_buckets, table_buckets
 from octavo.engine.device_queue import Body, ImmediateQueue
 from octavo.engine.gpu_runner import ADVICE, GpuRunner, attempt
-from octavo.engine.gpu_steps import GpuSteps, Queued
+from octavo.engine.gpu_steps import LOGPROB_ROWS, GpuSteps, Queued
 from octavo.engine.interface import DeviceLost, Runner, RunnerError, StepOutOfMemory
-from octavo.engine.kv_cache import cache_specs, make_caches
+from octavo.engine.kv_cache import _logit_rows, cache_specs, make_caches
 from octavo.engine.load import load_runner
 from octavo.engine.staging import Download, Staging
 from octavo.kernels.interface import Kernels
@@ -297,6 +299,38 @@ def test_making_it_reports_what_went_wrong(tiny_folder: Path, plain: Runner) -> 
 
     with pytest.raises(RuntimeError, match="no such device"):
         GpuRunner(load_model(tiny_folder, ReferenceKernels()), [], plain.info, no_device, longest=LONGEST)
+
+
+def test_no_more_logits_are_in_memory_than_were_counted(
+    runner: GpuRunner, plain: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt and decodes, all with log probabilities; seen wherever those are computed."""
+    found: list[int] = []
+    real = ReferenceKernels.logprobs
+
+    def rows_of_logits() -> dict[int, int]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # from other libraries' objects that are looked at
+            tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+        wide = [one for one in tensors if one.dtype == torch.float32 and one.dim() == 2 and one.shape[1] == VOCAB]
+        return {one.untyped_storage().data_ptr(): one.shape[0] for one in wide}
+
+    def logprobs(*arguments: object) -> object:
+        now = rows_of_logits()
+        found.append(sum(rows for place, rows in now.items() if place not in before))
+        return real(*arguments)  # type: ignore[arg-type]
+
+    gc.collect()
+    before = rows_of_logits()
+    monkeypatch.setattr(ReferenceKernels, "logprobs", logprobs)
+    wanted = params(logprobs=2, prompt_logprobs=2, repetition_penalty=1.2)
+    prompts = [step(s, PROMPT * 3, params=wanted, history=PROMPT * 3) for s in (0, 1)]
+    runner.submit(StepPlan(1, prompts))
+    runner.collect()
+    batch_size, rows = plain.info.batch_size, 6 * len(PROMPT)
+    assert len(found) > 6
+    assert max(found) >= LOGPROB_ROWS
+    assert max(found) + 2 * batch_size <= _logit_rows(rows=rows, batch_size=batch_size, drafts=0)
 
 
 def test_buckets_cover_every_batch_and_length() -> None:

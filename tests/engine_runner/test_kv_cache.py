@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from octavo.engine.kv_cache import available_host_memory, count_blocks
+from octavo.engine.kv_cache import available_host_memory, count_blocks, workspace_bytes
+from octavo.models.config import load_config
 from octavo.settings import Settings, SettingsError
 
 GIB = 1 << 30
@@ -33,6 +35,23 @@ def test_one_longest_sequence_must_fit() -> None:
         _count(available=40 << 20)
     with pytest.raises(SettingsError, match=r"BLOCK_BS=0\.9: holds 1024 tokens"):
         _count(BLOCK_BS="0.9")
+
+
+def test_log_probabilities_and_guesses_have_memory_set_aside(tiny_folder: Path) -> None:
+    """Beside the recorded steps' logits: a step's own, those before penalties, and two parts of a prompt's."""
+    config = load_config(tiny_folder)
+
+    def rows_of_logits(rows: int, drafts: int) -> int:
+        large, small = (
+            workspace_bytes(replace(config, vocab_size=vocab), rows=rows, batch_size=256, longest=4096, drafts=drafts)
+            for vocab in (128256, 128255)
+        )
+        return (large - small) // 4
+
+    assert rows_of_logits(4096, 0) == 4 * 256 + 2 * 64
+    assert rows_of_logits(4096, 8) == 2 * 256 + 2 * 9 * 256 + 2 * 64
+    assert rows_of_logits(300, 8) == 2 * 256 + 2 * 300 + 2 * 64
+    assert rows_of_logits(16, 0) == 4 * 256 + 2 * 16
 
 
 def _host(folder: Path, *, mib: int) -> Path:

@@ -42,3 +42,12 @@ def test_logprobs_equal_the_reference(gpu: Kernels, reference: Kernels) -> None:
     assert torch.equal(ours[2], theirs[2])
     for a, b in ((ours[0], theirs[0]), (ours[3], theirs[3])):
         assert torch.allclose(a, b, rtol=3e-7, atol=1e-12)
+
+
+def test_top_ids_among_equals_are_those_of_a_stable_sort(gpu: Kernels) -> None:
+    logits, tokens = (torch.randn(48, 128256, device=DEVICE) * 4).round(), torch.zeros(48, dtype=torch.int64).to(DEVICE)
+    logits[3, 17::1000] = float("nan")
+    logits[4] = 0.0
+    logits[4, ::2] = -0.0
+    found = gpu.logprobs(logits, tokens, 20)[2].cpu()
+    assert torch.equal(found, torch.sort(logits.cpu(), dim=1, descending=True, stable=True).indices[:, :20])

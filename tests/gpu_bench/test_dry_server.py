@@ -13,7 +13,7 @@ from gpu.server_checks import InProcess, OverHttp, ServerChecks, front_end, gate
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 
 from gpu_model import TOY, make_model
-from gpu_server import add_tokenizer, missing
+from gpu_server import NEEDED_BY_FRONT_END, absent, add_tokenizer, missing
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_process(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    lacking = absent(NEEDED_BY_FRONT_END)
+    if lacking:
+        pytest.skip(f"the front end needs what is not installed here: {' '.join(lacking)}")
     small = {"DEVICE": "cpu", "KERNELS": "reference", "NUM_THREADS": "1", "BLOCK_BS": "2"}
     with front_end(folder, tmp_path_factory.mktemp("run"), **small) as ready:
         yield ready

@@ -293,3 +293,7 @@ def _sampling() -> Iterator[Case]:
         ),
         {"BLOCK": 4096}, num_warps=16,
     )  # fmt: skip
+    yield Case(
+        "largest", sampling_kernels.largest, _types(sampling_kernels.largest.arg_names, ids_ptr="*i64"),
+        {"BLOCK": 4096}, num_warps=16,
+    )  # fmt: skip

@@ -7,6 +7,10 @@ import importlib.util
 import pytest
 import torch
 
+from gpu.without_msgspec import provide
+
+provide()  # before whole models run on the engine's classes
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is below this folder if triton-lang is not installed."""

@@ -37,7 +37,7 @@ QUICK = {
     80: ("int8_gemm m16 n28672 limbs2", "decode_segments d128 group4"),
     90: (
         "int8_gemm m16 n28672 limbs2", "int8_gemm m48 n28672 limbs2", "fp8_gemm m48", "decode_segments d128 group4",
-        "rope_write i8",
+        "rope_write i8", "largest",
     ),
     100: ("int8_gemm m1 n4096 limbs2", "rope_write bf16", "moe_combine"),  # whose assembler likes to fuse
 }  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from octavo.engine.gpu_steps import LOGPROB_ROWS
 from octavo.kernels.interface import BLOCK, SEGMENT, CacheSpec, Kernels, LayerCache
 from octavo.models.config import ModelConfig
 from octavo.quantization.scheme import CacheScheme
@@ -69,20 +70,37 @@ def count_blocks(
     return min(blocks, (settings.batch_size + 1) * one_sequence)  # one more, for prefixes worth keeping
 
 
-def workspace_bytes(config: ModelConfig, *, rows: int, batch_size: int, longest: int) -> int:
+def workspace_bytes(config: ModelConfig, *, rows: int, batch_size: int, longest: int, drafts: int = 0) -> int:
     """Device memory that steps need beside weights and cache, rounded up: activations of `rows`, logits, partials.
 
-    A layer holds at most the residual stream, its norm, and its two widest intermediates at once, in float32; decode
-    attention leaves a partial result for each segment of the longest sequence.
+    A layer holds at most the residual stream, its norm, and its two widest intermediates at once, in float32. `drafts`:
+    tokens guessed for each sequence of a step.
     """
     wide = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
     activations = rows * (4 * config.hidden_size + 2 * wide) * 4
-    logits = 3 * batch_size * config.vocab_size * 4
+    logits = _logit_rows(rows=rows, batch_size=batch_size, drafts=drafts) * config.vocab_size * 4
+    partials = _partial_rows(config, longest=longest) * batch_size * config.num_heads * (config.head_dim + 2) * 4
+    return activations + logits + partials + 512 * MIB  # and compiled kernels, small buffers, fragments
+
+
+def _logit_rows(*, rows: int, batch_size: int, drafts: int) -> int:
+    """Rows of logits that are in memory at once.
+
+    Recorded steps have their result and what it is copied from. Others have theirs, and both kinds the copy from which
+    log probabilities are read, for penalties change the logits; of prompts one part is there while the next is made.
+    """
+    sampled = min(rows, batch_size * (1 + drafts))
+    return 2 * batch_size + 2 * max(sampled, batch_size) + 2 * min(rows, LOGPROB_ROWS)
+
+
+def _partial_rows(config: ModelConfig, *, longest: int) -> int:
+    """Partial results of decode attention for each sequence and head: one a segment, of the longest sequence.
+
+    So for every query row that is taken by segments.
+    """
     segments = math.ceil(longest / SEGMENT)
     heads_sharing = 1 << (config.num_heads // config.num_kv_heads - 1).bit_length()
-    copies = max(1, 8 // heads_sharing) + 1  # query rows that attention takes by segments; the recorded steps' own
-    partials = copies * batch_size * config.num_heads * segments * (config.head_dim + 2) * 4
-    return activations + logits + partials + 512 * MIB  # and compiled kernels, small buffers, fragments
+    return (max(1, 8 // heads_sharing) + 1) * segments  # one more: the recorded steps' own
 
 
 def make_caches(kernels: Kernels, specs: Sequence[CacheSpec], num_blocks: int) -> list[LayerCache]:

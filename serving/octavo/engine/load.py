@@ -172,7 +172,9 @@ def _count_blocks(settings: Settings, model: Decoder) -> int:
     available = available_memory(kernels.device)
     if not is_host:  # on a host, activations are small beside everything else
         rows, longest = _step_rows(settings, kernels), longest_sequence(settings, context_length=config.context_length)
-        available -= workspace_bytes(config, rows=rows, batch_size=settings.batch_size, longest=longest)
+        drafts = settings.speculation_tokens if settings.speculation != "none" else 0
+        batch_size = settings.batch_size
+        available -= workspace_bytes(config, rows=rows, batch_size=batch_size, longest=longest, drafts=drafts)
     return count_blocks(
         settings,
         context_length=config.context_length,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.test_sampling import INF, Row, draw
+from kernels.test_sampling import INF, Row, draw, rows_of
 from octavo.kernels.gpu import sampling
 from octavo.kernels.gpu.backend import GpuKernels
 from octavo.kernels.reference import ReferenceKernels
@@ -61,6 +64,49 @@ def test_ties_go_to_lower_ids_across_blocks() -> None:
     drawn = {draw(GPU, logits, [Row(top_k=70, position=i)])[0] for i in range(12)}
     assert drawn == {draw(REFERENCE, logits, [Row(top_k=70, position=i)])[0] for i in range(12)}
     assert max(drawn) < 70
+
+
+def test_top_ids_are_those_of_a_stable_sort() -> None:
+    """Equals across blocks, both zeros, infinities, NaN, all ids of a row; and a row is not looked at by another."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, 150, generator=generator)
+    logits[1] = 0.0
+    logits[1, 5::7] = -0.0
+    logits[2] = (logits[2] * 2).round()
+    logits[3, ::3], logits[3, 1::3] = -INF, INF
+    logits[4, [7, 70, 140]] = float("nan")
+    logits[5, :149] = -INF
+    tokens = torch.zeros(6, dtype=torch.int64)
+    for num_top in (1, 20):
+        found = GPU.logprobs(logits, tokens, num_top)[2]
+        assert torch.equal(found, torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :num_top])
+        assert torch.equal(GPU.logprobs(logits[2:3], tokens[:1], num_top)[2], found[2:3])
+    few = logits[:, :70].contiguous()
+    assert torch.equal(GPU.logprobs(few, tokens, 70)[2], torch.sort(few, dim=1, descending=True, stable=True).indices)
+
+
+class _Run(TorchDispatchMode):
+    """Names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_sorted() -> None:
+    logits, tokens = torch.randn(3, 150), torch.zeros(3, dtype=torch.int64)
+    rows = rows_of([Row(top_k=5, top_p=0.9, seen={1: 2}, bias={4: 1.0})] * 3)
+    with _Run() as run:
+        GPU.sample(logits, rows)
+        GPU.logprobs(logits, tokens, 20)
+    assert "aten.gather.default" in run.names
+    assert not any("sort" in name or "topk" in name for name in run.names)
 
 
 def test_logprobs_equal_the_reference() -> None:

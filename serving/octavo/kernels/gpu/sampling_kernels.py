@@ -123,6 +123,36 @@ def summarize(
 
 
 @triton.jit
+def largest(
+    z_ptr,  # [R, V] float32
+    ids_ptr,  # [R, count] int64
+    V,
+    count,
+    BLOCK: tl.constexpr,
+):
+    """Ids of a row's largest logits in order, equals by ascending id, NaN before all. One pass an id. Grid: (R,)."""
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_ptr + row * V
+    before = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)  # above every place
+    for n in range(count):
+        found = tl.full((), -0x8000000000000000, tl.int64)
+        for start in range(0, V, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            place = _place_of(tl.load(z_row + i, mask=i < V, other=0.0), i)
+            left = (place < before) & (i < V)
+            found = tl.maximum(found, tl.max(tl.where(left, place, -0x8000000000000000), 0))
+        tl.store(ids_ptr + row * count + n, 0x7FFFFFFF - (found & 0x7FFFFFFF))
+        before = found
+
+
+@triton.jit
+def _place_of(z, i):
+    """An int64 that orders tokens: the larger the logit, then the lower the id, the larger. No two are the same."""
+    key = tl.where(z == z, _key(z), 0x7FFFFFFF)
+    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - i).to(tl.int64)
+
+
+@triton.jit
 def _block(z_row, start, V, BLOCK: tl.constexpr):
     """Ids and logits from `start`; behind the row and for nan -inf."""
     i = start + tl.arange(0, BLOCK)
