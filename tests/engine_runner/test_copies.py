@@ -145,6 +145,7 @@ def test_a_step_with_prompts_copies_once_each_way(runner: GpuRunner, traffic: Tr
 def test_copies_of_a_whole_run(runner: GpuRunner, plain: Runner, traffic: Traffic) -> None:
     """Through the scheduler, steps queued before the ones ahead are done: also penalties of tokens yet to come."""
     plans: list[StepPlan] = []
+    traffic.uploads = traffic.downloads = 0  # not those of recording
     submit = runner.submit
     runner.submit = lambda plan: (plans.append(plan), submit(plan))[1]  # type: ignore[method-assign]
     assert generate(runner, mixed_requests()) == generate(plain, mixed_requests())

@@ -18,6 +18,7 @@ import torch
 
 from engine_runner.plans import Driver, params, step
 from models.tiny_checkpoints import VOCAB
+from octavo.engine import decode_graphs, gpu_runner
 from octavo.engine.core import EngineCore, make_scheduler
 from octavo.engine.decode_graphs import batch_buckets, table_buckets
 from octavo.engine.device_queue import Body, ImmediateQueue
@@ -98,10 +99,11 @@ def load_model(folder: Path, kernels: Kernels) -> Decoder:
     return load_decoder(config, inputs, kernels, make_group(1), options=options, progress=lambda *_: None)
 
 
-def make_runner(model: Decoder, plain: Runner, queue: CountingQueue) -> GpuRunner:
+def make_runner(model: Decoder, plain: Runner, queue: ImmediateQueue) -> GpuRunner:
+    """Its decode steps are recorded."""
     specs = cache_specs(model.config, model.cache_schemes, dtype=torch.int8, device=CPU)
     caches = make_caches(model.kernels, specs, plain.info.num_blocks + 1)
-    return GpuRunner(model, caches, plain.info, lambda: queue, longest=LONGEST, report=None)
+    return GpuRunner(model, caches, plain.info, lambda: queue, longest=LONGEST, report=lambda fraction: None)
 
 
 def generate(runner: Runner, requests: list[Submit]) -> dict[int, list[SequenceOutput]]:
@@ -150,10 +152,11 @@ def test_a_step_behind_takes_its_token_from_the_device(runner: GpuRunner, plain:
 
 
 def test_decode_steps_are_recorded_once_for_each_size(runner: GpuRunner, device_queue: CountingQueue) -> None:
+    assert device_queue.captures == 4
     Driver(runner).run(PROMPT, params(), count=20)
-    assert (device_queue.captures, device_queue.replays) == (1, 18)  # the prompt's step ran by operations
+    assert (device_queue.captures, device_queue.replays) == (4, 19)  # the prompt's step ran by operations
     Driver(runner, slot=1).run(PROMPT, params(), count=5)
-    assert device_queue.captures == 1
+    assert (device_queue.captures, device_queue.replays) == (4, 23)
 
 
 class SlowMark:
@@ -222,10 +225,13 @@ def test_rows_that_fill_up_a_batch_change_nothing(
         each.submit(StepPlan(2, later))
         found.append([entry.token_id for entry in each.collect().sampled if entry is not None])
     assert found[0] == found[1]
-    assert device_queue.captures == 1
+    assert device_queue.replays == 1
 
 
-def test_all_sizes_can_be_recorded_beforehand(tiny_folder: Path, plain: Runner) -> None:
+def test_all_sizes_are_recorded_beforehand(tiny_folder: Path, plain: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All widths of tables as well: no sequence is long enough to find one that is not."""
+    monkeypatch.setattr(decode_graphs, "SMALL_TABLE", 1)
+    assert table_buckets(7) == [1, 4, 7]
     queue, shares = CountingQueue(), []
     model = load_model(tiny_folder, ReferenceKernels())
     caches = make_caches(
@@ -235,10 +241,118 @@ def test_all_sizes_can_be_recorded_beforehand(tiny_folder: Path, plain: Runner) 
     )
     runner = GpuRunner(model, caches, plain.info, lambda: queue, longest=LONGEST, report=shares.append)
     recorded = queue.captures
-    assert recorded == len(batch_buckets(6)) * len(table_buckets(7)) == len(shares)
-    Driver(runner).run(PROMPT, params(), count=6)
-    assert queue.captures == recorded
+    assert recorded == len(batch_buckets(6)) * 3 == len(shares)
+    for length in (50, 150, 300):
+        assert Driver(runner).run(long_prompt(length), params(), count=6)
+    assert (queue.captures, queue.replays) == (recorded, 15)
     runner.close()
+
+
+def long_prompt(length: int) -> list[int]:
+    return (PROMPT * 5)[:length]
+
+
+class OneAtATime(CountingQueue):
+    """A device that takes its time, and notices what is recorded beside a step under way: that would wait for it."""
+
+    under_way = waited = 0
+
+    def mark(self) -> SlowMark:
+        return SlowMark()
+
+    def capture(self, body: Body) -> Body:
+        self.waited += self.under_way
+        return super().capture(body)
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real_queue, real_finish = GpuSteps.queue, GpuSteps.finish
+
+        def queue(steps: GpuSteps, plan: StepPlan, now: float) -> Queued:
+            self.under_way += 1
+            return real_queue(steps, plan, now)
+
+        def finish(steps: GpuSteps, queued: Queued) -> StepResult:
+            result = real_finish(steps, queued)
+            self.under_way -= 1
+            return result
+
+        monkeypatch.setattr(GpuSteps, "queue", queue)
+        monkeypatch.setattr(GpuSteps, "finish", finish)
+
+
+@pytest.fixture
+def unfinished(
+    tiny_folder: Path, plain: Runner, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[GpuRunner, OneAtATime]]:
+    """A start that had no time for tables of more than four blocks."""
+    monkeypatch.setattr(decode_graphs, "SMALL_TABLE", 1)
+    monkeypatch.setattr(decode_graphs, "RECORD_SECONDS", -1.0)
+    monkeypatch.setattr(gpu_runner, "IDLE_SECONDS", 1000.0)
+    queue = OneAtATime()
+    runner = make_runner(load_model(tiny_folder, ReferenceKernels()), plain, queue)
+    queue.watch(monkeypatch)
+    yield runner, queue
+    runner.close()
+
+
+def test_what_the_start_left_out_runs_unrecorded_and_is_recorded_while_idle(
+    unfinished: tuple[GpuRunner, OneAtATime], plain: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, queue = unfinished
+    narrow, sizes = 2 * len(batch_buckets(6)), len(batch_buckets(6))
+    assert queue.captures == narrow
+    wide, short = long_prompt(300), long_prompt(100)
+    for count in (6, 7):
+        assert Driver(runner).run(wide, params(), count=count) == Driver(plain).run(wide, params(), count=count)
+    assert (queue.captures, queue.replays) == (narrow, 0)
+    Driver(runner).run(short, params(), count=3)
+    assert (queue.captures, queue.replays) == (narrow, 2)
+    monkeypatch.setattr(gpu_runner, "IDLE_SECONDS", 0.01)
+    Driver(runner).run(short, params(), count=1)  # from here on it waits for as long only
+    limit = time.monotonic() + 20
+    while queue.captures < narrow + sizes:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    before = queue.replays
+    assert Driver(runner).run(wide, params(), count=6) == Driver(plain).run(wide, params(), count=6)
+    assert (queue.captures, queue.replays) == (narrow + sizes, before + 5)
+    assert queue.waited == 0
+
+
+def test_nothing_is_recorded_beside_a_step_under_way(
+    unfinished: tuple[GpuRunner, OneAtATime], plain: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that is never patient, and sequences that come and go: recording waits for the last step all the same."""
+    runner, queue = unfinished
+    monkeypatch.setattr(gpu_runner, "IDLE_SECONDS", 0.0)
+    submits = [
+        Submit(place, long_prompt(230 + 20 * place), SamplingParams(max_tokens=12, temperature=1.0, seed=place))
+        for place in range(4)
+    ]
+    assert generate(runner, submits) == generate(plain, submits)
+    assert queue.waited == 0
+
+
+def test_a_recording_that_fails_while_idle_costs_no_step(
+    unfinished: tuple[GpuRunner, OneAtATime], plain: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, queue = unfinished
+    tried: list[bool] = []
+
+    def fails(body: Body) -> Body:
+        tried.append(True)
+        raise RuntimeError("no recording today")
+
+    monkeypatch.setattr(queue, "capture", fails)
+    monkeypatch.setattr(gpu_runner, "IDLE_SECONDS", 0.01)
+    Driver(runner).run(long_prompt(100), params(), count=1)
+    limit = time.monotonic() + 20
+    while len(tried) < len(batch_buckets(6)):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    wide = long_prompt(300)
+    assert Driver(runner).run(wide, params(), count=6) == Driver(plain).run(wide, params(), count=6)
+    assert len(tried) == len(batch_buckets(6))  # not again
 
 
 def test_a_failed_step_is_one_error_and_the_next_works(
@@ -259,16 +373,21 @@ def test_a_failed_step_is_one_error_and_the_next_works(
 
 
 def test_steps_run_unrecorded_where_a_recording_finds_no_memory(
-    runner: GpuRunner, plain: Runner, device_queue: CountingQueue, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, plain: Runner, device_queue: CountingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    released: list[bool] = []
+
     def no_memory(body: Body) -> Body:
-        body()  # the work of the first run is done again: on the same memory it gives the same
+        body()
         device_queue.captures += 1
         raise torch.OutOfMemoryError("a graph's pool")
 
     monkeypatch.setattr(device_queue, "capture", no_memory)
+    monkeypatch.setattr(device_queue, "release_memory", lambda: released.append(True))
+    runner = make_runner(load_model(tiny_folder, ReferenceKernels()), plain, device_queue)
     assert Driver(runner).run(PROMPT, params(), count=6) == Driver(plain).run(PROMPT, params(), count=6)
-    assert device_queue.captures == 1
+    assert device_queue.captures == len(released) == len(batch_buckets(6))  # tried once each
+    runner.close()
 
 
 def test_a_step_without_memory_gives_its_tensors_back(monkeypatch: pytest.MonkeyPatch) -> None:

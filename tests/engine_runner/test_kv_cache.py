@@ -54,6 +54,15 @@ def test_log_probabilities_and_guesses_have_memory_set_aside(tiny_folder: Path) 
     assert rows_of_logits(16, 0) == 4 * 256 + 2 * 16
 
 
+def test_every_width_of_recorded_steps_has_its_partial_results(tiny_folder: Path) -> None:
+    """8192 tokens: tables of 16, 64 and 129 blocks, in segments of four blocks; a query row of a step has 32."""
+    config = replace(load_config(tiny_folder), num_heads=8, num_kv_heads=1)
+    large, small = (
+        workspace_bytes(replace(config, head_dim=size), rows=0, batch_size=24, longest=8192) for size in (66, 64)
+    )
+    assert large - small == (32 + 4 + 16 + 33) * 24 * 8 * 2 * 4
+
+
 def _host(folder: Path, *, mib: int) -> Path:
     path = folder / "meminfo"
     path.write_text(f"MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: {mib * 1024} kB\n")

@@ -1,12 +1,14 @@
 """Decode steps as recorded work: one capture for each size of batch and of table, replayed on fixed memory.
 
 Used by the GPU runner's worker thread. A step in which every sequence computes one token and samples is filled up with
-rows that write to a block nobody reads; their results are thrown away, and rows do not influence each other.
+rows that write to a block nobody reads; their results are thrown away, and rows do not influence each other. Recording
+waits for the device: it is done at the start, and what that has no time for while nothing is under way.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from octavo.models.decoder import Decoder
 
 LOG = logging.getLogger(__name__)
 SMALL_TABLE = 16  # blocks: the narrowest table, 1024 tokens
+NARROW = 4  # times that: tables that are recorded at the start whatever it takes
+RECORD_SECONDS = 20.0  # of the start, after which no wider ones are begun
 
 
 def batch_buckets(batch_size: int) -> list[int]:
@@ -56,7 +60,7 @@ def recorded_bytes(batch_size: int, max_blocks: int) -> int:
 
 
 class DecodeGraphs:
-    """Captures by (rows, blocks of a table); made on first use or by `prepare`.
+    """Captures by (rows, blocks of a table); made by `prepare`, and by `record_one` what that left out.
 
     They read the first bytes of the memory that staging has now. Should it move, those are copied here first.
     """
@@ -81,57 +85,80 @@ class DecodeGraphs:
         self._batches = batch_buckets(batch_size)
         self._tables = table_buckets(max_blocks)
         self._replays: dict[tuple[int, int], Body] = {}
+        self._left: dict[tuple[int, int], None] = {}  # to be recorded; the last ones first
         self._staging = staging
         self._memory = staging.memory  # that captures read
         self._logits = torch.zeros(batch_size, model.head.out_features, dtype=torch.float32, device=queue.device)
 
-    def prepare(self, report: Callable[[float], None], *, max_table: int = 4 * SMALL_TABLE) -> None:
-        """Capture all batches over tables of up to `max_table` blocks, the largest first: the others fit its memory."""
-        widths = [width for width in self._tables if width <= max_table] or self._tables[:1]
-        keys = [(rows, width) for width in reversed(widths) for rows in reversed(self._batches)]
-        for done, (rows, width) in enumerate(keys):
+    def prepare(self, report: Callable[[float], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Record all batches over all tables, but begin no wide ones after RECORD_SECONDS.
+
+        The widest of the narrow tables comes first: the others fit its memory. Each wider one takes memory of its own.
+        """
+        until = clock() + RECORD_SECONDS
+        narrow = [width for width in self._tables if width <= NARROW * SMALL_TABLE]
+        widths = [*reversed(narrow), *self._tables[len(narrow) :]]
+        keys = [(rows, width) for width in widths for rows in reversed(self._batches)]
+        for done, key in enumerate(keys):
+            if done >= len(narrow) * len(self._batches) and clock() >= until:
+                LOG.warning("%d of %d recordings are left for when nothing is to do", len(keys) - done, len(keys))
+                self._left = dict.fromkeys(reversed(keys[done:]))
+                return
             report(done / len(keys))
-            arrays = _filling(rows, width, self._spare)
-            self._staging.put(arrays)
-            self._replay(rows, width, arrays)
+            self._record(*key)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether `record_one` has something to do."""
+        return bool(self._left)
+
+    def record_one(self) -> None:
+        """Record what `prepare` left out, the latest needed first. Waits for the device."""
+        self._record(*self._left.popitem()[0])
 
     def run(self, batch: ForwardBatch, others: Mapping[str, NDArray[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [B, V] float32 of a decode step given on the host, ids as in `resolve`; good until the next run.
 
-        `others` go to the device with the same copy, for what comes behind.
+        `others` go to the device with the same copy, for what comes behind. A step that is not recorded runs operation
+        by operation, with the same bits.
         """
         count = len(batch.token_ids)
         rows = self._batches[bisect_left(self._batches, count)]
         width = self._tables[bisect_left(self._tables, batch.layout.block_tables.shape[1])]
         arrays = _filling(rows, width, self._spare)
         _fill(arrays, batch)
+        staged = self._put(arrays, others)
+        replay = self._replays.get((rows, width))
+        if replay is None:
+            replay = self._body_over(rows, width, arrays)
+            if (rows, width) in self._left:
+                self._left[rows, width] = self._left.pop((rows, width))  # the next to be recorded
+        replay()
+        return self._logits[:count], {name: staged[name] for name in others}
+
+    def _put(self, arrays: dict[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        """All on the device, `arrays` where captures read them."""
         staged = self._staging.put(arrays | dict(others))
         if self._staging.memory is not self._memory:
             size = staged_bytes(arrays)
             self._memory[:size].copy_(self._staging.memory[:size])
-        self._replay(rows, width, arrays)
-        return self._logits[:count], {name: staged[name] for name in others}
+        return staged
 
-    def _replay(self, rows: int, width: int, arrays: dict[str, NDArray[Any]]) -> None:
-        """Run the capture over the memory that holds `arrays`, whose addresses follow from rows and width."""
-        replay = self._replays.get((rows, width))
-        if replay is not None:
-            replay()
-            return
-
-        tensors = views(self._memory, arrays)
-
-        def body() -> None:
-            self._body(tensors, rows=rows, width=width)
-
+    def _record(self, rows: int, width: int) -> None:
+        arrays = _filling(rows, width, self._spare)
+        self._put(arrays, {})
+        self._replays[rows, width] = body = self._body_over(rows, width, arrays)  # should recording fail
         try:
             self._replays[rows, width] = self._queue.capture(body)
             return
         except torch.OutOfMemoryError as error:  # a recording keeps its memory; single operations give theirs back
             LOG.warning("no memory to record steps of %d x %d blocks: they run unrecorded (%s)", rows, width, error)
-        self._replays[rows, width] = body
         self._queue.release_memory()  # only now: the error held what the recording had
-        body()
+
+    def _body_over(self, rows: int, width: int, arrays: dict[str, NDArray[Any]]) -> Body:
+        """The step over the memory that holds `arrays`, whose addresses follow from rows and width."""
+        tensors = views(self._memory, arrays)
+        return lambda: self._body(tensors, rows=rows, width=width)
 
     def _body(self, tensors: dict[str, Tensor], *, rows: int, width: int) -> None:
         layout = BatchLayout(

@@ -28,6 +28,7 @@ from octavo.scheduling.plan import StepPlan, StepResult
 
 LOG = logging.getLogger(__name__)
 POLL_SECONDS = 0.0001  # how often a worker without a next plan looks whether the last step is done
+IDLE_SECONDS = 0.1  # without a plan, after which decode steps are recorded that the start left out
 Result = TypeVar("Result")
 ADVICE = "out of device memory: lower MAX_NUM_BATCHED_TOKENS, BATCH_SIZE or KV_MEMORY_FRACTION"
 
@@ -83,7 +84,7 @@ class GpuRunner(PlanQueues):
     def _work(self, steps: GpuSteps) -> None:
         before: Queued | None = None  # whose result is not out yet
         while True:
-            plan = self._next_plan(before)
+            plan = self._next_plan(before, steps)
             queued = None if plan is None else attempt(steps.queue, plan, self._clock())
             if before is not None:
                 self._results.put(attempt(self._finish, steps, before))
@@ -93,14 +94,16 @@ class GpuRunner(PlanQueues):
             if plan is None and self._closing:
                 return
 
-    def _next_plan(self, before: Queued | None) -> StepPlan | None:
+    def _next_plan(self, before: Queued | None, steps: GpuSteps) -> StepPlan | None:
         """The next plan; None if `before` is done first, or if there will be none."""
         while True:
+            idle = IDLE_SECONDS if steps.unfinished else None
             try:
-                plan = self._plans.get() if before is None else self._plans.get(timeout=POLL_SECONDS)
+                plan = self._plans.get(timeout=idle if before is None else POLL_SECONDS)
             except queue.Empty:
-                assert before is not None
-                if before.download.arrived():
+                if before is None:
+                    attempt(steps.record_one)  # one at a time: a plan waits for no more than that
+                elif before.download.arrived():
                     return None
                 continue
             self._closing = plan is None

@@ -1,9 +1,9 @@
 """One plan on a GPU: queue all of a step, take in what came out.
 
-Used by the GPU runner's worker thread, which decides when. Nothing here waits for the device but `finish`. All that a
-step needs goes to the device in one copy before its work, all that it leaves comes back in one behind it. A token that
-a step samples reaches the next step on the device, in `last_token`; decode steps are replays (decode_graphs.py), steps
-with prompts or drafts run operation by operation.
+Used by the GPU runner's worker thread, which decides when. Nothing here waits for the device but `finish` and
+recording. All that a step needs goes to the device in one copy before its work, all that it leaves comes back in one
+behind it. A token that a step samples reaches the next step on the device, in `last_token`; decode steps are replays
+(decode_graphs.py), steps with prompts or drafts run operation by operation.
 """
 
 from __future__ import annotations
@@ -78,6 +78,15 @@ class GpuSteps:
         """Record decode steps, if the model can be."""
         if self._records:
             self._graphs.prepare(report)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether `record_one` has something to do."""
+        return self._graphs.unfinished
+
+    def record_one(self) -> None:
+        """Record a decode step that `prepare` left out. Waits for the device, and best has it to itself."""
+        self._graphs.record_one()
 
     def queue(self, plan: StepPlan, now: float) -> Queued:
         """Queue a whole step, and the copy of its results to the host. The step before need not be finished."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from octavo.engine.decode_graphs import batch_buckets, table_buckets
 from octavo.engine.gpu_steps import LOGPROB_ROWS
 from octavo.kernels.interface import BLOCK, SEGMENT, CacheSpec, Kernels, LayerCache
 from octavo.models.config import ModelConfig
@@ -20,6 +21,7 @@ from octavo.settings import Settings, SettingsError
 HOST_FRACTION = 0.25
 DEVICE_FRACTION = 0.9
 MIB = 1 << 20
+RECORDING_BYTES = 2 * MIB  # of a recorded decode step beside its tensors: some 300 launches, a guess
 
 
 def cache_specs(
@@ -80,7 +82,8 @@ def workspace_bytes(config: ModelConfig, *, rows: int, batch_size: int, longest:
     activations = rows * (4 * config.hidden_size + 2 * wide) * 4
     logits = _logit_rows(rows=rows, batch_size=batch_size, drafts=drafts) * config.vocab_size * 4
     partials = _partial_rows(config, longest=longest) * batch_size * config.num_heads * (config.head_dim + 2) * 4
-    return activations + logits + partials + 512 * MIB  # and compiled kernels, small buffers, fragments
+    recordings = len(batch_buckets(batch_size)) * len(_tables(longest)) * RECORDING_BYTES
+    return activations + logits + partials + recordings + 512 * MIB  # and compiled kernels, small buffers, fragments
 
 
 def _logit_rows(*, rows: int, batch_size: int, drafts: int) -> int:
@@ -94,13 +97,19 @@ def _logit_rows(*, rows: int, batch_size: int, drafts: int) -> int:
 
 
 def _partial_rows(config: ModelConfig, *, longest: int) -> int:
-    """Partial results of decode attention for each sequence and head: one a segment, of the longest sequence.
+    """Partial results of decode attention for each sequence and head, one a segment, in all that is in memory at once.
 
-    So for every query row that is taken by segments.
+    A step leaves one for every query row that is taken by segments. Recorded steps have their own, for each width of
+    tables.
     """
-    segments = math.ceil(longest / SEGMENT)
     heads_sharing = 1 << (config.num_heads // config.num_kv_heads - 1).bit_length()
-    return (max(1, 8 // heads_sharing) + 1) * segments  # one more: the recorded steps' own
+    recorded = sum(math.ceil(width * BLOCK / SEGMENT) for width in _tables(longest))
+    return max(1, 8 // heads_sharing) * math.ceil(longest / SEGMENT) + recorded
+
+
+def _tables(longest: int) -> list[int]:
+    """Widths of the tables over which decode steps are recorded."""
+    return table_buckets(math.ceil((longest + 1) / BLOCK))
 
 
 def make_caches(kernels: Kernels, specs: Sequence[CacheSpec], num_blocks: int) -> list[LayerCache]:
