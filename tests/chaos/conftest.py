@@ -138,9 +138,9 @@ def row(request: pytest.FixtureRequest) -> Row:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Cases with a server kill processes under tight bounds: of the long form, for an otherwise idle machine. The
-    quick one is made for any machine.
+    quick one and the soak are made for any machine.
     """
     for item in items:
-        long = "chaos" in item.path.parts and item.path.name != "test_quick.py"
+        long = "chaos" in item.path.parts and item.path.name not in ("test_quick.py", "test_soak.py")
         if long and item.get_closest_marker("server"):
             item.add_marker(pytest.mark.slow)
