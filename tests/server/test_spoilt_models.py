@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from quantization.format_fixtures import SMOOTH_QUANT, smooth_quant_linear, writ
 from quantization.test_malformed import Spoil, cut, index_entry, value
 from quantize.making import with_tokenizer
 from server.conftest import Server, make_server
+from server.looking import looking
 from server.test_start_stop import shared_memory
 
 pytestmark = pytest.mark.server
@@ -50,27 +50,16 @@ def masters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @dataclass
 class Onlooker:
-    """Asks for readiness again and again while a server starts, and notes the name of its shared memory."""
+    """What readiness says while a server starts, and the name of its shared memory."""
 
     server: Server
     statuses: set[int] = field(default_factory=set)
     prefixes: set[str] = field(default_factory=set)
-    _over: threading.Event = field(default_factory=threading.Event)
 
-    def __enter__(self) -> Onlooker:
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(0.02):
-            self.statuses.add(self._status())
-            with suppress(OSError, ValueError):
-                self.prefixes.add(json.loads((self.server.run_dir / "node.json").read_text())["shm_prefix"])
+    def look(self) -> None:
+        self.statuses.add(self._status())
+        with suppress(OSError, ValueError):
+            self.prefixes.add(json.loads((self.server.run_dir / "node.json").read_text())["shm_prefix"])
 
     def _status(self) -> int:
         try:
@@ -97,7 +86,8 @@ def test_a_spoilt_model_stops_the_start_with_one_error(masters: dict[str, Path],
     folder = Path(shutil.copytree(masters[kind], tmp_path / kind))
     spoil(folder)
     server = make_server(tmp_path / "run", MODEL_DIR=str(folder))
-    with Onlooker(server) as onlooker:
+    onlooker = Onlooker(server)
+    with looking(onlooker.look):
         result = server.script("start_server.sh", timeout=START_SECONDS)
     assert result.returncode == 2
     said = result.stdout + result.stderr

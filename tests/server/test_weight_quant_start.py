@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ from octavo.quantization.scheme import dequantize, quantize_per_channel
 from quantization.format_fixtures import linears, round_per_token
 from quantize.making import with_tokenizer
 from server.conftest import REPOSITORY, Server, make_server
+from server.looking import looking
 
 pytestmark = pytest.mark.server
 
@@ -53,28 +53,17 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Progress:
-    """What /v2/health tells of a load, asked again and again."""
+    """What /v2/health tells of a load."""
 
     def __init__(self, server: Server) -> None:
         self._url = f"{server.health}/v2/health"
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
         self.seen: list[float] = []  # fractions of the weights
 
-    def __enter__(self) -> Progress:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(0.02):
-            body = self._ask()
-            if body.get("state") == "loading" and body["progress"]["stage"] == "weights":
-                assert not body["ready"]
-                self.seen.append(body["progress"]["fraction"])
+    def look(self) -> None:
+        body = self._ask()
+        if body.get("state") == "loading" and body["progress"]["stage"] == "weights":
+            assert not body["ready"]
+            self.seen.append(body["progress"]["fraction"])
 
     def _ask(self) -> dict[str, Any]:
         with suppress(URLError, OSError, ValueError):
@@ -134,7 +123,8 @@ def dequantised_logprobs(model: Any, weight_quant: str) -> Tensor:
 def test_a_float_model_is_quantised_with_progress_and_served_as_the_dequantised_one(
     model: Any, server: Server, weight_quant: str
 ) -> None:
-    with Progress(server) as progress:
+    progress = Progress(server)
+    with looking(progress.look):
         started = start_slowly(server)
     assert started.returncode == 0, started.stdout + started.stderr
     assert progress.seen == sorted(progress.seen)
