@@ -154,7 +154,10 @@ def test_a_long_context_split_over_threads_keeps_its_bits(
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(8, 8, 64, None), (15, 5, 64, 90), (16, 8, 80, None)])
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 8, 64, None), (15, 5, 64, 90), (16, 8, 80, None), (18, 2, 64, None), (32, 2, 64, 150), (40, 2, 128, None)],
+)
 @pytest.mark.parametrize("variant", COMPILED)
 def test_a_crowd_that_decodes_has_the_bits_of_each_alone(
     make_kernels: MakeKernels, variant: str, shape: tuple[int, int, int, int | None], dtype: torch.dtype
@@ -181,7 +184,8 @@ def test_a_crowd_that_decodes_has_the_bits_of_each_alone(
 
 @pytest.mark.parametrize("variants", [("avx512", "avx2"), ("amx", "avx512")])
 @pytest.mark.parametrize(
-    "shape", [(6, 2, 80, None), (4, 2, 64, None), (4, 1, 64, 150), (7, 1, 128, None), (2, 2, 256, 70)]
+    "shape",
+    [(6, 2, 80, None), (4, 2, 64, None), (4, 1, 64, 150), (7, 1, 128, None), (2, 2, 256, 70), (18, 2, 64, 90)],
 )
 def test_instruction_sets_give_the_same_bits(
     make_kernels: MakeKernels, variants: tuple[str, str], shape: tuple[int, int, int, int | None]

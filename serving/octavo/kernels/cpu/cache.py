@@ -19,7 +19,7 @@ from octavo.kernels.reference.cache import check_heads, check_spec
 SIGNATURES = {"octavo_rope_write": "p" + "ppppp" + "iii" + "ppd" + "pp" + "pppp" + "iii"}
 
 _TYPES = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_LANES = 16
+_LANES, _QUAD = 16, 4  # columns of a panel, neighbours of the summed axis
 _PAGE = 4096
 MOST_SHARING = 128  # query heads of one kv head
 
@@ -52,8 +52,9 @@ class CpuCache:
         k_bytes, v_bytes = (self.num_blocks * size for size in _plane_bytes(spec)[:2])
         k, v = self.k[:k_bytes].view(spec.dtype), self.v[:v_bytes].view(spec.dtype)
         if spec.dtype == torch.int8:
-            k = k.view(*lead, head_dim // 2, BLOCK, 2).permute(0, 3, 1, 2, 4).flatten(3)
-            v = v.view(*lead, BLOCK // 2, width, 2).permute(0, 2, 4, 1, 3).flatten(1, 2)
+            k = k.view(*lead, BLOCK // _LANES, head_dim // _QUAD, _LANES, _QUAD).permute(0, 2, 4, 1, 3, 5)
+            k = k.flatten(4).flatten(1, 2)
+            v = v.view(*lead, BLOCK // _QUAD, width, _QUAD).permute(0, 2, 4, 1, 3).flatten(1, 2)
         else:
             k = k.view(*lead, head_dim, BLOCK).permute(0, 3, 1, 2)
             v = v.view(*lead, BLOCK, width).permute(0, 2, 1, 3)

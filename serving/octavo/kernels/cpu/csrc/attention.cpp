@@ -111,23 +111,30 @@ struct Place {
   int64_t head;
 };
 
+int64_t last_position(const Call& call, const Unit& unit) { return call.positions[unit.row + unit.num_rows - 1]; }
+
 int64_t block_of(const Call& call, const Place& at, int half) {
   // past the table: nothing there is visible
   const int64_t index = std::min<int64_t>(at.tile * 2 + half, call.max_blocks - 1);
   return call.block_tables[at.unit->sequence * call.max_blocks + index];
 }
 
-// `next` is what this thread will read after `at`: its scales are fetched here, its rows while this tile's are read.
-TileView view_tile(const Call& call, const Place& at, const Place& next) {
+int64_t tokens_seen(const Call& call, const Place& at) {
+  return std::clamp<int64_t>(last_position(call, *at.unit) + 1 - at.tile * kTile, 0, kTile);
+}
+
+// The places whose keys and values are fetched while `at` is worked on. Scales of the values' place are fetched here.
+TileView view_tile(const Call& call, const Place& at, const Place& next_k, const Place& next_v) {
   TileView view;
+  view.next_k_tokens = tokens_seen(call, next_k), view.next_v_tokens = tokens_seen(call, next_v);
   for (int half = 0; half < 2; ++half) {
     const int64_t block = block_of(call, at, half), head = at.unit->kv_head + at.head;
     view.k[half] = call.cache.k_block(block, head);
     view.v[half] = call.cache.v_block(block, head);
     view.k_scale[half] = call.cache.k_scale(block, head);
     view.v_scale[half] = call.cache.v_scale(block, head);
-    const int64_t next_block = block_of(call, next, half), next_head = next.unit->kv_head + next.head;
-    view.next_k[half] = call.cache.k_block(next_block, next_head);
+    const int64_t next_block = block_of(call, next_v, half), next_head = next_v.unit->kv_head + next_v.head;
+    view.next_k[half] = call.cache.k_block(block_of(call, next_k, half), next_k.unit->kv_head + next_k.head);
     view.next_v[half] = call.cache.v_block(next_block, next_head);
     if (call.cache.type != kInt8) continue;
     for (int token = 0; token < kBlock; token += kLanes) {
@@ -148,15 +155,14 @@ float* row_out(const Call& call, const Unit& unit, int64_t row) {
   return call.out + (row_query(call, unit, row) - call.q);
 }
 
-// The rows of a kv head that see something of the tile are neighbours, since positions ascend: [first, last), spans set.
-void find_spans(const Call& call, const Place& at, RowState& state, int64_t* first, int64_t* last) {
-  const int64_t rows = at.unit->num_rows * call.group(), begin = at.head * rows, start = at.tile * kTile;
-  *first = *last = begin;
-  for (int64_t row = begin; row < begin + rows; ++row) {
-    const int64_t low = call.window == 0 ? 0 : state.position[row] - call.window + 1 - start;
-    const int64_t high = state.position[row] + 1 - start;
+// The rows of a kv head that see something of the tile are neighbours, since positions ascend: [first, last), and their spans.
+void find_spans(const Call& call, const Unit& unit, int64_t tile, RowState& state, int64_t* first, int64_t* last) {
+  *first = *last = 0;
+  for (int64_t row = 0; row < unit.num_rows * call.group(); ++row) {
+    const int64_t low = call.window == 0 ? 0 : state.position[row] - call.window + 1 - tile * kTile;
+    const int64_t high = state.position[row] + 1 - tile * kTile;
     if (high <= 0 || low >= kTile) {
-      if (*last == begin) *first = row + 1;
+      if (*last == 0) *first = row + 1;
       continue;
     }
     state.span[row] = {static_cast<int>(std::max<int64_t>(low, 0)), static_cast<int>(std::min<int64_t>(high, kTile))};
@@ -164,19 +170,21 @@ void find_spans(const Call& call, const Place& at, RowState& state, int64_t* fir
   }
 }
 
-template <typename Tile>
-void run_tile(const Call& call, const Place& at, const Place& next, typename Tile::State& state) {
-  int64_t first, last;
-  find_spans(call, at, state, &first, &last);
-  if (first >= last) return;
-  Tile::run_rows(state, first, last, view_tile(call, at, next), call.cache);
-}
-
 // All kv heads of the unit; the next tile's first one comes after the last.
 template <typename Tile>
 void run_heads(const Call& call, const Unit& unit, int64_t tile, const Place& after, typename Tile::State& state) {
-  for (int64_t head = 0; head < unit.kv_heads; ++head)
-    run_tile<Tile>(call, {&unit, tile, head}, head + 1 < unit.kv_heads ? Place{&unit, tile, head + 1} : after, state);
+  int64_t first, last;  // of the first head; the others see the same
+  find_spans(call, unit, tile, state, &first, &last);
+  if (first >= last) return;
+  const auto place = [&](int64_t head) {
+    if (head < unit.kv_heads) return Place{&unit, tile, head};
+    return Place{after.unit, after.tile, std::min(after.head + head - unit.kv_heads, after.unit->kv_heads - 1)};
+  };
+  Tile::run_heads(state, call.cache, unit.kv_heads, [&](int64_t head) {
+    const int64_t begin = head * unit.num_rows * call.group();
+    std::copy(state.span + first, state.span + last, state.span + begin + first);
+    return HeadTile{begin + first, begin + last, view_tile(call, place(head), place(head + Tile::kKeysAhead), place(head + 1))};
+  });
 }
 
 // `after`: what the thread reads once it is done.
@@ -185,8 +193,9 @@ void run_part(const Call& call, const Unit& unit, const Part& part, const Place&
               typename Tile::State& state) {
   const int64_t rows = unit.rows(call.group()), width = call.cache.width(), head_dim = call.cache.head_dim;
   const int64_t segments = unit.last_segment - unit.first_segment;
-  const int64_t last_seen = call.positions[unit.row + unit.num_rows - 1] / kTile;
+  const int64_t last_seen = last_position(call, unit) / kTile;
   const int64_t last_tile = std::min(part.last_segment * kTilesPerSegment - 1, last_seen);
+  [[maybe_unused]] const typename Tile::Registers registers(state, unit.num_rows * call.group());
   for (int64_t row = 0; row < rows; ++row) {
     state.position[row] = call.positions[unit.row + row / call.group() % unit.num_rows];
     state.segment[row] = state.total[row] = kNothing;
@@ -280,7 +289,7 @@ OCTAVO_API void octavo_attention(Pool* pool, const float* q, float* out, const i
                      {k, v, k_scales, v_scales, kv_heads, head_dim, static_cast<CacheType>(type)}};
   switch (type) {
     case kInt8:
-      return pool->has_tiles() && head_dim % 64 == 0 ? attend<TiledInt8>(pool, call) : attend<Int8Tile>(pool, call);
+      return pool->has_tiles() && head_dim % kTileBytes == 0 ? attend<TiledInt8>(pool, call) : attend<Int8Tile>(pool, call);
     case kFloat32:
       return attend<FloatTile<float>>(pool, call);
     case kBFloat16:

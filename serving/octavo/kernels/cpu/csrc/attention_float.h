@@ -18,8 +18,10 @@ constexpr int kFloatRegisters = 2;
 template <typename T>
 struct FloatTile {
   using State = RowState;
+  using Registers = NoRegisters;
   static constexpr int64_t kTargetRows = 64;
   static constexpr int kRows = 4;
+  static constexpr int64_t kKeysAhead = 1;
 
   static void prepare(RowState& state, int64_t row, const float* x, int64_t head_dim, float scale) {
     std::memcpy(state.query + row * head_dim, x, sizeof(float) * static_cast<size_t>(head_dim));
@@ -35,8 +37,12 @@ struct FloatTile {
     for (int r = 0; r < R; ++r) run_alike<1>(state, first + r, tile, cache);
   }
 
-  static void run_rows(RowState& state, int64_t first, int64_t last, const TileView& tile, const CacheView& cache) {
-    by_rows<FloatTile>(state, first, last, tile, cache);
+  template <typename F>
+  static void run_heads(RowState& state, const CacheView& cache, int64_t num_heads, F&& tile_of) {
+    for (int64_t head = 0; head < num_heads; ++head) {
+      const HeadTile of = tile_of(head);
+      for_row_blocks<kRows>(of, [&](int64_t row, auto count) { run<decltype(count)::value>(state, row, of.view, cache); });
+    }
   }
 
  private:

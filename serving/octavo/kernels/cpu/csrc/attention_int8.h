@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_state.h"
+#include "attention_ahead.h"
 
 namespace octavo {
 
@@ -24,8 +24,10 @@ OCTAVO_INLINE i16x16 to_int16(i32x16 v) {
 
 struct Int8Tile {
   using State = RowState;
+  using Registers = NoRegisters;
   static constexpr int64_t kTargetRows = 64;
   static constexpr int kRows = kDotRows;
+  static constexpr int64_t kKeysAhead = 1;  // heads; values are fetched one ahead
 
   // Row `x` [head_dim] → q15 and its scale.
   static void prepare(RowState& state, int64_t row, const float* x, int64_t head_dim, float scale) {
@@ -44,22 +46,29 @@ struct Int8Tile {
 
   // Rows [first, first + R): each row's tile partial goes to its segment if that is empty, else is combined with it.
   template <int R>
-  static void run(RowState& state, int64_t first, const TileView& tile, const CacheView& cache) {
+  static void run(RowState& state, int64_t first, const TileView& tile, const CacheView& cache, Ahead& ahead, int64_t every) {
     alignas(64) int32_t scores[R * kTile];
     alignas(64) int16_t weights[R * kTile];
     float weight_scale[R];
     Sum sums[R];
     const Span all = all_spans(state, first, first + R);
-    fetch_rest(tile, all, cache);
-    score<R>(queries(state) + first * cache.head_dim, tile, all, cache.head_dim, scores);
+    const auto aside = [&] { ahead.tick(every); };
+    score<R>(queries(state) + first * cache.head_dim, tile, all, cache.head_dim, scores, aside);
     for (int r = 0; r < R; ++r)
       sums[r] = weigh(scores + r * kTile, state.query_scale[first + r], tile, state.span[first + r],
                       weights + r * kTile, &weight_scale[r]);
-    gather<R>(state, first, tile, all, cache.width(), weights, weight_scale, sums);
+    gather<R>(state, first, tile, all, cache.width(), weights, weight_scale, sums, aside);
   }
 
-  static void run_rows(RowState& state, int64_t first, int64_t last, const TileView& tile, const CacheView& cache) {
-    by_rows<Int8Tile>(state, first, last, tile, cache);
+  template <typename F>
+  static void run_heads(RowState& state, const CacheView& cache, int64_t num_heads, F&& tile_of) {
+    for (int64_t head = 0; head < num_heads; ++head) {
+      const HeadTile of = tile_of(head);
+      const int64_t quads = num_quads(all_spans(state, of.first, of.last), cache) * num_tiles(of.last - of.first, kRows);
+      const int64_t every = std::max<int64_t>(1, quads / (cache.width() * kBlock / 64));
+      Ahead ahead(of.view, cache, quads / every);
+      for_row_blocks<kRows>(of, [&](int64_t row, auto count) { run<decltype(count)::value>(state, row, of.view, cache, ahead, every); });
+    }
   }
 
   static const int8_t* bytes(const char* p) { return reinterpret_cast<const int8_t*>(p); }
@@ -77,16 +86,29 @@ struct Int8Tile {
 
  private:
 
+  // Quads that a pass of some rows takes through both products.
+  static int64_t num_quads(Span all, const CacheView& cache) {
+    constexpr int64_t kColumns = kDotVectors * kDotLanes;
+    int64_t quads = 0;
+    for (int block = all.low / kBlock; block * kBlock < all.high; ++block) {
+      const int64_t low = std::max(all.low - block * kBlock, 0), high = std::min(all.high - block * kBlock, kBlock);
+      quads += num_tiles(high, kColumns) * (cache.head_dim / kQuad) + (num_tiles(high, kQuad) - low / kQuad) * num_tiles(cache.width(), kColumns);
+    }
+    return quads;
+  }
+
   // Columns beyond the span are left as they are.
-  template <int R>
-  static void score(const int16_t* q, const TileView& tile, Span all, int64_t head_dim, int32_t* scores) {
+  template <int R, typename Aside>
+  static void score(const int16_t* q, const TileView& tile, Span all, int64_t head_dim, int32_t* scores, Aside&& aside) {
     for (int block = all.low / kBlock; block * kBlock < all.high; ++block) {
       const int columns = std::min(kBlock, all.high - block * kBlock);
-      for (int n = 0; n < columns; n += kDotVectors * kLanes) {
-        const Stretch stretch = {q, bytes(tile.k[block]) + n * 2, bytes(tile.next_k[block]) + n * 2, head_dim / 2};
-        const int64_t vectors = std::min<int64_t>(kDotVectors, num_tiles(columns - n, kLanes));
+      for (int n = 0; n < columns; n += kDotVectors * kDotLanes) {
+        const Steps steps = {kPanel * head_dim, CacheView::kKQuad};
+        const int64_t skip = steps.offset(n);
+        const Stretch stretch = {q, bytes(tile.k[block]) + skip, head_dim / kQuad};
+        const int64_t vectors = std::min<int64_t>(kDotVectors, num_tiles(columns - n, kDotLanes));
         with_constant<kDotVectors>(vectors, [&](auto count) {
-          dots<R, decltype(count)::value>(&stretch, 1, head_dim, kBlock * 2, [&](int r, int v, DotInts sums) {
+          dots<R, decltype(count)::value>(&stretch, 1, head_dim, steps, aside, [&](int r, int v, DotInts sums) {
             std::memcpy(scores + r * kTile + block * kBlock + n + v * kDotLanes, &sums, sizeof(sums));
           });
         });
@@ -131,28 +153,18 @@ struct Int8Tile {
     return sum;
   }
 
-  // What `score` and `gather` leave unfetched of the next tile because this one is not whole.
-  static void fetch_rest(const TileView& tile, Span all, const CacheView& cache) {
-    if (is_whole(all)) return;
-    for (int block = 0; block < 2; ++block) {
-      for (int64_t at = 0; at < kBlock * cache.width(); at += 64) __builtin_prefetch(tile.next_v[block] + at);
-      if (all.low / kBlock <= block && block * kBlock < all.high) continue;
-      for (int64_t at = 0; at < kBlock * cache.head_dim; at += 64) __builtin_prefetch(tile.next_k[block] + at);
-    }
-  }
-
   // p15 · V of the rows, into their segments.
-  template <int R>
-  static void gather(RowState& state, int64_t first, const TileView& tile, Span all, int64_t width,
-                     const int16_t* weights, const float* weight_scale, const Sum* sums) {
+  template <int R, typename Aside>
+  static void gather(RowState& state, int64_t first, const TileView& tile, Span all, int64_t width, const int16_t* weights,
+                     const float* weight_scale, const Sum* sums, Aside&& aside) {
     alignas(64) float spare[R * kMaxHeadDim];
     float* out[R];
     for (int r = 0; r < R; ++r)
       out[r] = is_empty(state.segment[first + r]) ? state.segment_out + (first + r) * width : spare + r * width;
-    for (int64_t n = 0; n < width; n += kDotVectors * kLanes) {
-      const int64_t vectors = std::min<int64_t>(kDotVectors, (width - n) / kLanes);
+    for (int64_t n = 0; n < width; n += kDotVectors * kDotLanes) {
+      const int64_t vectors = std::min<int64_t>(kDotVectors, (width - n) / kDotLanes);
       with_constant<kDotVectors>(vectors, [&](auto count) {
-        gather_columns<R, decltype(count)::value>(tile, all, width, n, weights, weight_scale, out);
+        gather_columns<R, decltype(count)::value>(tile, all, {CacheView::kVPanel, width * kQuad}, n, weights, weight_scale, out, aside);
       });
     }
     for (int r = 0; r < R; ++r) {
@@ -162,19 +174,18 @@ struct Int8Tile {
     }
   }
 
-  template <int R, int V>
-  static void gather_columns(const TileView& tile, Span all, int64_t width, int64_t n, const int16_t* weights,
-                             const float* weight_scale, float* const* out) {
+  template <int R, int V, typename Aside>
+  static void gather_columns(const TileView& tile, Span all, Steps steps, int64_t n, const int16_t* weights,
+                             const float* weight_scale, float* const* out, Aside&& aside) {
     Stretch stretches[2];
     int count = 0;
     for (int block = all.low / kBlock; block * kBlock < all.high; ++block) {
-      const int low = std::max(all.low - block * kBlock, 0) / 2;
-      const int high = (std::min(all.high - block * kBlock, kBlock) + 1) / 2;
-      const int64_t skip = (low * width + n) * 2;
-      stretches[count++] = {weights + block * kBlock + low * 2, bytes(tile.v[block]) + skip,
-                            bytes(tile.next_v[block]) + skip, high - low};
+      const int low = std::max(all.low - block * kBlock, 0) / kQuad;
+      const int64_t high = num_tiles(std::min(all.high - block * kBlock, kBlock), kQuad);
+      const int64_t skip = steps.offset(n) + low * steps.quad;
+      stretches[count++] = {weights + block * kBlock + low * kQuad, bytes(tile.v[block]) + skip, high - low};
     }
-    dots<R, V>(stretches, count, kTile, width * 2, [&](int r, int v, DotInts sums) {
+    dots<R, V>(stretches, count, kTile, steps, aside, [&](int r, int v, DotInts sums) {
       const DotFloats values = __builtin_convertvector(sums, DotFloats) * weight_scale[r];
       std::memcpy(out[r] + n + v * kDotLanes, &values, sizeof(values));
     });

@@ -1,9 +1,7 @@
 // Where a cached value lies. A block holds 64 tokens of every kv head; per head, K and V each are one run of memory:
-//   int8   K [head_dim / 2][64 tokens][2]   V [64 / 2 tokens][width][2]    two neighbours of the summed axis side by
-//   side, so that
-//                                                                          one multiply-add of int16 pairs serves 16
-//                                                                          results
-//   float  K [head_dim][64 tokens]          V [64 tokens][width]
+//   int8   quads of the summed axis, those of 16 columns side by side, so that what is seen of a block is its beginning:
+//          K [64 / 16][head_dim / 4][16 tokens][4]   V [64 / 4][width][4]
+//   float  K [head_dim][64 tokens]                   V [64 tokens][width]
 // width is head_dim rounded up to 16. Scales are planes [block][kv head][64] float32 of their own (int8 only).
 #pragma once
 
@@ -29,6 +27,11 @@ struct CacheView {
 
   int64_t width() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
   int64_t item() const { return type == kInt8 ? 1 : type == kFloat32 ? 4 : 2; }
+  // int8: bytes from a panel of 16 columns to the next, and from a quad to the next.
+  int64_t k_panel() const { return kPanel * head_dim; }
+  int64_t v_quad() const { return width() * kQuad; }
+  static constexpr int64_t kVPanel = kPanel * kQuad, kKQuad = kPanel * kQuad;
+
   char* k_block(int64_t block, int64_t head) const {
     return k + (block * kv_heads + head) * kBlock * head_dim * item();
   }

@@ -37,12 +37,15 @@ OCTAVO_INLINE void combine(Sum& a, float* oa, const Sum& b, const float* ob, int
   for (int64_t d = 0; d < width; d += kLanes) store(oa + d, load(oa + d) * f1 + load(ob + d) * f2);
 }
 
-// The tokens of one tile as its one or two blocks, and where the tile after it lies, to be fetched ahead.
+// The tokens of one tile as its one or two blocks, and what is to be fetched meanwhile: keys and values that come later, and how
+// many of their tokens somebody sees.
 struct TileView {
   const char* k[2];
   const char* v[2];
   const char* next_k[2];
   const char* next_v[2];
+  int64_t next_k_tokens;
+  int64_t next_v_tokens;
   const float* k_scale[2];
   const float* v_scale[2];
 };
@@ -51,6 +54,13 @@ struct TileView {
 struct Span {
   int low;
   int high;
+};
+
+// The query rows [first, last) of one kv head, and the tile that all of them see something of.
+struct HeadTile {
+  int64_t first;
+  int64_t last;
+  TileView view;
 };
 
 constexpr int kUnitRows =
@@ -68,13 +78,17 @@ struct RowState {
   float query_scale[kUnitRows];                      // int8 cache: qs · softmax scale; float cache: softmax scale
 };
 
-// Rows [first, last) by Tile::run, as many at once as it takes.
-template <typename Tile>
-void by_rows(RowState& state, int64_t first, int64_t last, const TileView& tile, const CacheView& cache) {
-  for (int64_t row = first; row < last; row += Tile::kRows)
-    with_constant<Tile::kRows>(std::min<int64_t>(Tile::kRows, last - row), [&](auto count) {
-      Tile::template run<decltype(count)::value>(state, row, tile, cache);
-    });
+// For tiles that need no registers of their own.
+struct NoRegisters {
+  template <typename State>
+  NoRegisters(State&, int64_t) {}
+};
+
+// f(row, std::integral_constant<int, count>) for the rows of `of`, as many at once as kRows.
+template <int kRows, typename F>
+void for_row_blocks(const HeadTile& of, F&& f) {
+  for (int64_t row = of.first; row < of.last; row += kRows)
+    with_constant<kRows>(std::min<int64_t>(kRows, of.last - row), [&](auto count) { f(row, count); });
 }
 
 // e, l and m of the scores s[first, last) of a tile's eight vectors (already -inf where hidden). Σ e runs in 16 lanes over

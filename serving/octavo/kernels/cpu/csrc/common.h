@@ -17,6 +17,12 @@
 namespace octavo {
 
 constexpr int kLanes = 16;
+
+// Columns of int8 lie in panels of 16 whose quads of the summed axis are rows of 64 bytes, [16 columns][4]: what one instruction
+// multiplies with four inputs; sixteen rows are a tile.
+constexpr int kPanel = 16;
+constexpr int kQuad = 4;
+
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));

@@ -11,8 +11,6 @@
 
 namespace octavo {
 
-constexpr int kPanel = 16;   // outputs of a panel
-constexpr int kQuad = 4;     // inputs that one instruction adds up
 constexpr int kMaxRows = 8;  // byte rows of a tile; a two-limb token is two neighbouring rows, hi and lo
 
 // One weight matrix, filled by products.py (Int8Weights there has the same fields).

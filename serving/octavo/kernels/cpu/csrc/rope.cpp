@@ -64,17 +64,26 @@ float quantize(const float* x, const float* static_inverse, int64_t head_dim, in
   return scale;
 }
 
+// A token's first quad in K, and in V the quads that it is in.
+char* k_at(const CacheView& cache, int64_t block, int64_t head, int64_t token) {
+  return cache.k_block(block, head) + token / kPanel * cache.k_panel() + token % kPanel * kQuad;
+}
+
+char* v_at(const CacheView& cache, int64_t block, int64_t head, int64_t token) {
+  return cache.v_block(block, head) + token / kQuad * cache.v_quad();
+}
+
 void write_int8(const Call& call, int64_t slot, int64_t head, const float* k, const float* v) {
   const CacheView& cache = call.cache;
-  const int64_t block = slot / kBlock, token = slot % kBlock, width = cache.width();
+  const int64_t block = slot / kBlock, token = slot % kBlock;
   alignas(64) int8_t q[kMaxHeadDim];
-  int8_t* k_block = reinterpret_cast<int8_t*>(cache.k_block(block, head)) + token * 2;
+  int8_t* k_row = reinterpret_cast<int8_t*>(k_at(cache, block, head, token));
   const float k_scale = quantize(k, call.k_inverse == nullptr ? nullptr : call.k_inverse + head, cache.head_dim, q);
-  for (int64_t d = 0; d < cache.head_dim; d += 2) std::memcpy(k_block + d * kBlock, q + d, 2);
+  for (int64_t d = 0; d < cache.head_dim; d += kQuad) std::memcpy(k_row + d * kPanel, q + d, kQuad);
   if (call.k_inverse == nullptr) cache.k_scale(block, head)[token] = k_scale;
-  int8_t* v_block = reinterpret_cast<int8_t*>(cache.v_block(block, head)) + token / 2 * width * 2 + token % 2;
+  int8_t* v_row = reinterpret_cast<int8_t*>(v_at(cache, block, head, token)) + token % kQuad;
   const float v_scale = quantize(v, call.v_inverse == nullptr ? nullptr : call.v_inverse + head, cache.head_dim, q);
-  for (int64_t d = 0; d < cache.head_dim; ++d) v_block[d * 2] = q[d];
+  for (int64_t d = 0; d < cache.head_dim; ++d) v_row[d * kQuad] = q[d];
   if (call.v_inverse == nullptr) cache.v_scale(block, head)[token] = v_scale;
 }
 
@@ -103,15 +112,14 @@ void write(const Call& call, int64_t slot, int64_t head, const float* k, const f
   }
 }
 
-// The lines that an int8 row will be written to are asked for while its queries are rotated: one per pair of head_dim.
+// The lines that an int8 row will be written to are asked for while its queries are rotated: one per quad of K, per 16 dimensions of V.
 void fetch_slot(const Call& call, int64_t slot) {
   const CacheView& cache = call.cache;
   const int64_t block = slot / kBlock, token = slot % kBlock;
   for (int64_t head = 0; head < cache.kv_heads; ++head) {
-    const char* k = cache.k_block(block, head) + token * 2;
-    const char* v = cache.v_block(block, head) + token / 2 * cache.width() * 2;
-    for (int64_t d = 0; d < cache.head_dim; d += 2) __builtin_prefetch(k + d * kBlock, 1);
-    for (int64_t at = 0; at < cache.width() * 2; at += 64) __builtin_prefetch(v + at, 1);
+    const char *k = k_at(cache, block, head, token), *v = v_at(cache, block, head, token);
+    for (int64_t d = 0; d < cache.head_dim; d += kQuad) __builtin_prefetch(k + d * kPanel, 1);
+    for (int64_t d = 0; d < cache.head_dim; d += kPanel) __builtin_prefetch(v + d * kQuad, 1);
   }
 }
 
