@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_ahead.h"
+#include "attention_fetch.h"
 
 namespace octavo {
 
@@ -46,7 +46,7 @@ struct Int8Tile {
 
   // Rows [first, first + R): each row's tile partial goes to its segment if that is empty, else is combined with it.
   template <int R>
-  static void run(RowState& state, int64_t first, const TileView& tile, const CacheView& cache, Ahead& ahead, int64_t every) {
+  static void run(RowState& state, int64_t first, const TileView& tile, const CacheView& cache, CacheFetch& ahead, int64_t every) {
     alignas(64) int32_t scores[R * kTile];
     alignas(64) int16_t weights[R * kTile];
     float weight_scale[R];
@@ -66,7 +66,7 @@ struct Int8Tile {
       const HeadTile of = tile_of(head);
       const int64_t quads = num_quads(all_spans(state, of.first, of.last), cache) * num_tiles(of.last - of.first, kRows);
       const int64_t every = std::max<int64_t>(1, quads / (cache.width() * kBlock / 64));
-      Ahead ahead(of.view, cache, quads / every);
+      CacheFetch ahead(of.view, cache, quads / every);
       for_row_blocks<kRows>(of, [&](int64_t row, auto count) { run<decltype(count)::value>(state, row, of.view, cache, ahead, every); });
     }
   }

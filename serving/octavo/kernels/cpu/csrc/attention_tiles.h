@@ -113,7 +113,7 @@ class TileOfRows {
  public:
   static constexpr int kVectors = kTile / kLanes;
   static constexpr int kBlockVectors = kBlock / kLanes;
-  static constexpr int kTileTurns = 2;  // of Ahead beside a tile of columns
+  static constexpr int kTileTurns = 2;  // of CacheFetch beside a tile of columns
 
   TileOfRows(TiledState& state, const CacheView& cache, const HeadTile& of)
       : state_(state), tile_(of.view), head_dim_(cache.head_dim), width_(cache.width()), first_(of.first), last_(of.last),
@@ -213,7 +213,7 @@ class TileOfRows {
 
   int64_t size(int64_t group) const { return std::min(state_.group, last_ - first_ - group * state_.group); }
 
-  // Turns of Ahead beside the work on a group.
+  // Turns of CacheFetch beside the work on a group.
   int64_t turns() const {
     const int64_t vectors = num_tiles(all_.high, kLanes) - all_.low / kLanes, blocks = num_tiles(all_.high, kBlock) - all_.low / kBlock;
     return (vectors * (head_dim_ / kTileBytes) + blocks * (width_ / kLanes)) * kTileTurns + (vectors / 2 + 4) * size(0);
@@ -274,7 +274,7 @@ class TileOfRows {
   const TileView tile_;
   int64_t head_dim_, width_, first_, last_, num_groups_;
   Span all_;
-  Ahead ahead_;
+  CacheFetch ahead_;
 };
 
 struct TiledInt8 {

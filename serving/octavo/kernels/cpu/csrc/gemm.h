@@ -57,12 +57,14 @@ template <int R, int C, bool kOnce>
 OCTAVO_INLINE void int8_tile(const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t quads, int64_t first, int64_t last,
                              const Ahead& ahead, int32_t* out) {
   constexpr int64_t kQuadBytes = kPanel * kQuad;
-  constexpr int64_t kNear = (C == 2 ? 4096 : 2048) / kQuadBytes;  // quads, measured
+  // Quads, measured. A row or two leave time for nothing but reading: they fetch twice, from further on into the second cache.
+  constexpr bool kTwice = kOnce && R <= 2;
+  constexpr int64_t kNear = (kTwice ? 1024 : C == 2 ? 4096 : 2048) / kQuadBytes, kFar = 4096 / kQuadBytes;
   i32x16 acc[R][C] = {};  // not __m512i: g++ would copy every sum to another register and back
   const int64_t turn = kOnce ? std::max(first, std::min(last, quads - kNear)) : last;
   for (int64_t quad = first; quad < last;) {
     // Weights that pass once are fetched a little ahead, at the end of a panel from the next one; others long ahead. More than
-    // one row leaves the first cache time for little but the rows: then into the second.
+    // two rows leave the first cache time for little but the rows: then into the second.
     const int64_t stop = quad < turn ? turn : last;
     const int8_t* fetch = kOnce ? (quad < turn ? w + (quad + kNear) * kQuadBytes : ahead.next + (quad + kNear - quads) * kQuadBytes)
                                 : ahead.next + quad * ahead.step;
@@ -71,7 +73,8 @@ OCTAVO_INLINE void int8_tile(const uint8_t* x, int64_t x_stride, const int8_t* w
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         b[c] = _mm512_load_si512(w + (c * quads + quad) * kQuadBytes);
-        if constexpr (kOnce) __builtin_prefetch(fetch + c * quads * kQuadBytes, 0, R > 1 ? 2 : 3);
+        if constexpr (kOnce) __builtin_prefetch(fetch + c * quads * kQuadBytes, 0, kTwice ? 3 : 2);
+        if constexpr (kTwice) __builtin_prefetch(fetch + (c * quads + kFar - kNear) * kQuadBytes, 0, 2);
       }
       if constexpr (!kOnce) __builtin_prefetch(fetch, 0, 2);
       fetch += kOnce ? kQuadBytes : ahead.step;

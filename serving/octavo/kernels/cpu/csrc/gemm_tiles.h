@@ -59,54 +59,74 @@ struct Parts {
 };
 
 // One step of 16 quads: T row tiles times C panels, 1 x 4, 1 x 2 or 2 x 2. `panel`: bytes from a panel to the next, `half`: to the
-// second half of them.
-template <int T, int C>
-OCTAVO_INLINE void dot_step(const TileBlock& block, const uint8_t* x, const int8_t* w, int64_t panel, int64_t half) {
+// second half of them. `aside(part)` is called T · C times, before every product.
+template <int T, int C, typename Aside>
+OCTAVO_INLINE void dot_step(const TileBlock& block, const uint8_t* x, const int8_t* w, int64_t panel, int64_t half, Aside&& aside) {
   load_tile<6>(w, kTileBytes);
   load_tile<4>(x, block.x_stride);
+  aside(0);
   dot_tiles<0, 4, 6>();
   load_tile<7>(w + (C == 4 ? panel : half), kTileBytes);
+  aside(1);
   dot_tiles<1, 4, 7>();
   if constexpr (T == 2) {
     load_tile<5>(x + upper_rows(block.rows) * block.x_stride, block.x_stride);
+    aside(2);
     dot_tiles<2, 5, 6>();
+    aside(3);
     dot_tiles<3, 5, 7>();
   } else if constexpr (C == 4) {
     load_tile<6>(w + half, kTileBytes);
+    aside(2);
     dot_tiles<2, 4, 6>();
     load_tile<7>(w + half + panel, kTileBytes);
+    aside(3);
     dot_tiles<3, 4, 7>();
   }
 }
 
-// Fetches weights that pass once three steps ahead, at their end those that come next.
-template <int C>
-OCTAVO_INLINE void fetch_near(const TileBlock& block, int64_t quad, const int8_t* next) {
-  constexpr int64_t kQuadBytes = kPanel * kQuad, kNear = 3 * kTileQuads;
-  const int64_t at = quad + kNear;
-  const int8_t* from = at < block.quads ? block.w + at * kQuadBytes : next + (at - block.quads) * kQuadBytes;
-#pragma GCC unroll 4
-  for (int c = 0; c < C; ++c)
-#pragma GCC unroll 16
-    for (int line = 0; line < kTileQuads; ++line) __builtin_prefetch(from + block.offset<C>(c) + line * kQuadBytes, 0, 3);
-}
-
-// Fetches the weights that come next into the second cache, some of both halves at every step.
-class FarFetch {
+// Fetching of weights into the second cache, a few lines at a time: more at once than the core can wait for would hold up the tiles
+// too. Many streams take turns, since the processor reads ahead by itself in every page of 4 kB that it sees in use.
+template <int T, int C>
+class WeightFetch {
  public:
-  FarFetch(const int8_t* next, int64_t half, int64_t half_bytes, int64_t steps)
-      : at_(next), end_(next + half_bytes), half_(half), each_(num_tiles(half_bytes, 64 * steps) * 64) {}
+  // `next`: the panels that come next; the current ones and they are passed in `steps` steps. `once`: no other rows read them.
+  WeightFetch(const int8_t* next, int64_t half, int64_t half_bytes, int64_t steps, bool once)
+      : next_(next), once_(once), far_(next), half_(half), stride_(half_bytes / kStreams / kLine * kLine),
+        left_(num_tiles(half_bytes / kStreams, kLine)), each_(left_), steps_(steps) {}
 
-  void step() {
-    for (const int8_t* stop = std::min(end_, at_ + each_); at_ < stop; at_ += 64) {
-      __builtin_prefetch(at_, 0, 2);
-      __builtin_prefetch(at_ + half_, 0, 2);
-    }
+  // A part of what is fetched at a step. One row tile that reads weights alone, four streams of them, has those of its next step
+  // fetched, else what comes next is fetched all through the current panels.
+  OCTAVO_INLINE void operator()(const TileBlock& block, int64_t quad, int part) {
+    if (T == 1 && once_) near(block, quad + kTileQuads, part);
+    else if (part == 0) far();
   }
 
  private:
-  const int8_t *at_, *end_;
-  int64_t half_, each_;
+  static constexpr int kLine = kPanel * kQuad, kParts = T * C;
+  static constexpr int kStreams = 4;  // of each half
+
+  OCTAVO_INLINE void near(const TileBlock& block, int64_t quad, int part) {
+    const int8_t* from = quad < block.quads ? block.w + quad * kLine : next_ + (quad - block.quads) * kLine;
+#pragma GCC unroll 8
+    for (int line = part * kTileQuads / kParts; line < (part + 1) * kTileQuads / kParts; ++line)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) __builtin_prefetch(from + block.offset<C>(c) + line * kLine, 0, 2);
+  }
+
+  OCTAVO_INLINE void far() {
+    for (due_ += each_; due_ >= steps_ && left_ > 0; due_ -= steps_, --left_, far_ += kLine)
+#pragma GCC unroll 4
+      for (int stream = 0; stream < kStreams; ++stream) {
+        __builtin_prefetch(far_ + stream * stride_, 0, 2);
+        __builtin_prefetch(far_ + stream * stride_ + half_, 0, 2);
+      }
+  }
+
+  const int8_t* next_;
+  bool once_;
+  const int8_t* far_;
+  int64_t half_, stride_, left_, each_, steps_, due_ = 0;
 };
 
 // The last quads [quad, last), fewer than a step: the columns are copied beside zeros.
@@ -116,18 +136,18 @@ void dot_rest(const TileBlock& block, int64_t quad, int64_t last) {
   const int64_t bytes = (last - quad) * kPanel * kQuad;
   for (int c = 0; c < C; ++c)
     std::memcpy(columns[c], block.w + block.offset<C>(c) + quad * kPanel * kQuad, static_cast<size_t>(bytes));
-  dot_step<T, C>(block, block.x + quad * kQuad, columns[0], sizeof(columns[0]), C / 2 * sizeof(columns[0]));
+  dot_step<T, C>(block, block.x + quad * kQuad, columns[0], sizeof(columns[0]), C / 2 * sizeof(columns[0]), [](int) {});
 }
 
-// S of the block over the quads [first, last), to sums[rows][C · 16]. `aside(quad)` is called before every step.
+// S of the block over the quads [first, last), to sums[rows][C · 16]. `aside(quad, part)`: see `dot_step`.
 template <int T, int C, typename Aside>
 OCTAVO_INLINE void sum_tiles(const TileBlock& block, int64_t first, int64_t last, int32_t* sums, Aside&& aside) {
   constexpr int64_t kStride = C * kPanel * sizeof(int32_t);
   zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   int64_t quad = first;
   for (; quad + kTileQuads <= last; quad += kTileQuads) {
-    aside(quad);
-    dot_step<T, C>(block, block.x + quad * kQuad, block.w + quad * kPanel * kQuad, block.panel_bytes(), block.half);
+    dot_step<T, C>(block, block.x + quad * kQuad, block.w + quad * kPanel * kQuad, block.panel_bytes(), block.half,
+                   [&](int part) { aside(quad, part); });
   }
   if (quad < last) dot_rest<T, C>(block, quad, last);
   store_tile<0>(sums, kStride), store_tile<1>(sums + kPanel, kStride);
@@ -255,14 +275,13 @@ void multiply_columns(const Product& p, const Block& block) {
   int turn = 0;
   for (int64_t panel = block.panel; panel < end; panel += kStep) {
     const int8_t* next = panel + kStep < end ? panel_of(p, panel + kStep) : block.next;
-    FarFetch far(next, half_of<C>(p), C / 2 * panel_size(p), parts.count * steps);
+    WeightFetch<T, C> fetch(next, half_of<C>(p), C / 2 * panel_size(p), parts.count * steps, parts.count == 1);
     for (int64_t index = 0; index < parts.count; ++index, turn ^= 1) {
       const int64_t begin = parts.begin(index);
       const TileBlock part = tile_block<C>(p, begin, parts.size, panel);
-      sum_tiles<T, C>(part, 0, quads, sums[turn], [&](int64_t quad) {
-        if (parts.count == 1) fetch_near<C>(part, quad, next);
-        else far.step();
-        epilogue.advance(each);
+      sum_tiles<T, C>(part, 0, quads, sums[turn], [&](int64_t quad, int aside) {
+        fetch(part, quad, aside);
+        if (aside == T * C - 1) epilogue.advance(each);
       });
       const int64_t repeated = index + 1 == parts.count ? parts.repeated() : 0;
       epilogue.begin(sums[turn] + repeated * C * kPanel, begin + repeated, begin + parts.size, panel);
@@ -296,15 +315,13 @@ void multiply_groups(const Product& p, const Block& block) {
   const RowTiles registers(parts.size);
   for (int64_t panel = block.panel; panel < end; panel += C) {
     const int8_t* next = panel + C < end ? panel_of(p, panel + C) : block.next;
-    FarFetch far(next, half_of<C>(p), C / 2 * panel_size(p), parts.count * std::max<int64_t>(1, each / kTileQuads) * groups);
+    const int64_t steps = parts.count * std::max<int64_t>(1, each / kTileQuads) * groups;
+    WeightFetch<T, C> fetch(next, half_of<C>(p), C / 2 * panel_size(p), steps, parts.count == 1);
     for (int64_t index = 0; index < parts.count; ++index) {
       const int64_t begin = parts.begin(index), repeated = index + 1 == parts.count ? parts.repeated() : 0;
       const TileBlock part = tile_block<C>(p, begin, parts.size, panel);
       for (int64_t group = 0; group < groups; ++group) {
-        sum_tiles<T, C>(part, group * each, (group + 1) * each, sums, [&](int64_t quad) {
-          if (parts.count == 1) fetch_near<C>(part, quad, next);
-          else far.step();
-        });
+        sum_tiles<T, C>(part, group * each, (group + 1) * each, sums, [&](int64_t quad, int aside) { fetch(part, quad, aside); });
         finish_group<C, L>(p, begin + repeated, parts.size - repeated, panel, group, sums + repeated * C * kPanel, total);
       }
     }

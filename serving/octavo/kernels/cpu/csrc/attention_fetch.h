@@ -10,10 +10,10 @@ namespace octavo {
 // What comes later, fetched into the second cache all through the work on a tile: more lines at once than the core can wait for
 // would keep its vectors waiting too. Both halves of K and V take turns, since the processor reads ahead by itself in every page
 // of 4 kB that it sees in use.
-class Ahead {
+class CacheFetch {
  public:
   // `turns`: how many all steps together take.
-  Ahead(const TileView& tile, const CacheView& cache, int64_t turns) {
+  CacheFetch(const TileView& tile, const CacheView& cache, int64_t turns) {
     int64_t most = 0;
     for (int half = 0; half < 2; ++half) {
       const auto seen = [&](int64_t tokens) { return std::clamp<int64_t>(tokens - half * kBlock, 0, kBlock); };
