@@ -14,19 +14,19 @@ class CacheFetch {
  public:
   // `turns`: how many all steps together take.
   CacheFetch(const TileView& tile, const CacheView& cache, int64_t turns) {
-    int64_t most = 0;
     for (int half = 0; half < 2; ++half) {
       const auto seen = [&](int64_t tokens) { return std::clamp<int64_t>(tokens - half * kBlock, 0, kBlock); };
       at_[half] = tile.next_k[half], bytes_[half] = num_tiles(seen(tile.next_k_tokens), kPanel) * cache.k_panel();
       at_[2 + half] = tile.next_v[half], bytes_[2 + half] = num_tiles(seen(tile.next_v_tokens), kQuad) * cache.v_quad();
     }
-    for (int64_t bytes : bytes_) most = std::max(most, bytes);
-    times_ = num_tiles(most, turns * kLine);
+    for (int64_t bytes : bytes_) most_ = std::max(most_, bytes);
+    times_ = num_tiles(most_, turns * kLine);
   }
 
   // A line of each, kTurns times.
   template <int kTurns>
   OCTAVO_INLINE void step() {
+    if (offset_ >= most_) return;
     for (int64_t turn = kTurns * times_; turn > 0; --turn, offset_ += kLine)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
@@ -44,7 +44,7 @@ class CacheFetch {
   static constexpr int64_t kLine = 64;
 
   const char* at_[4];
-  int64_t bytes_[4];
+  int64_t bytes_[4], most_ = 0;
   int64_t offset_ = 0, times_, wait_ = 1;
 };
 

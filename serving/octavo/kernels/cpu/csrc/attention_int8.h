@@ -67,7 +67,9 @@ struct Int8Tile {
       const int64_t quads = num_quads(all_spans(state, of.first, of.last), cache) * num_tiles(of.last - of.first, kRows);
       const int64_t every = std::max<int64_t>(1, quads / (cache.width() * kBlock / 64));
       CacheFetch ahead(of.view, cache, quads / every);
-      for_row_blocks<kRows>(of, [&](int64_t row, auto count) { run<decltype(count)::value>(state, row, of.view, cache, ahead, every); });
+      for_row_blocks<kRows>(of, [&](int64_t row, auto count) {
+        run<decltype(count)::value>(state, row, of.view, cache, ahead, every);
+      });
     }
   }
 
@@ -85,14 +87,14 @@ struct Int8Tile {
   }
 
  private:
-
   // Quads that a pass of some rows takes through both products.
   static int64_t num_quads(Span all, const CacheView& cache) {
     constexpr int64_t kColumns = kDotVectors * kDotLanes;
     int64_t quads = 0;
     for (int block = all.low / kBlock; block * kBlock < all.high; ++block) {
       const int64_t low = std::max(all.low - block * kBlock, 0), high = std::min(all.high - block * kBlock, kBlock);
-      quads += num_tiles(high, kColumns) * (cache.head_dim / kQuad) + (num_tiles(high, kQuad) - low / kQuad) * num_tiles(cache.width(), kColumns);
+      quads += num_tiles(high, kColumns) * (cache.head_dim / kQuad);
+      quads += (num_tiles(high, kQuad) - low / kQuad) * num_tiles(cache.width(), kColumns);
     }
     return quads;
   }
@@ -161,10 +163,11 @@ struct Int8Tile {
     float* out[R];
     for (int r = 0; r < R; ++r)
       out[r] = is_empty(state.segment[first + r]) ? state.segment_out + (first + r) * width : spare + r * width;
+    const Steps steps = {CacheView::kVPanel, width * kQuad};
     for (int64_t n = 0; n < width; n += kDotVectors * kDotLanes) {
       const int64_t vectors = std::min<int64_t>(kDotVectors, (width - n) / kDotLanes);
       with_constant<kDotVectors>(vectors, [&](auto count) {
-        gather_columns<R, decltype(count)::value>(tile, all, {CacheView::kVPanel, width * kQuad}, n, weights, weight_scale, out, aside);
+        gather_columns<R, decltype(count)::value>(tile, all, steps, n, weights, weight_scale, out, aside);
       });
     }
     for (int r = 0; r < R; ++r) {

@@ -59,7 +59,8 @@ OCTAVO_INLINE void multiply_limbs(const LimbRows& rows, int64_t first, int64_t l
     }
     int32_t* to = sums.data + panel * kLanes;
     store_tile<0>(to, stride), store_tile<1>(to + kLanes, stride);
-    if constexpr (T == 2) store_tile<2>(to + kTileRows * sums.stride, stride), store_tile<3>(to + kTileRows * sums.stride + kLanes, stride);
+    to += kTileRows * sums.stride;
+    if constexpr (T == 2) store_tile<2>(to, stride), store_tile<3>(to + kLanes, stride);
   }
 }
 
@@ -113,11 +114,12 @@ class TileOfRows {
  public:
   static constexpr int kVectors = kTile / kLanes;
   static constexpr int kBlockVectors = kBlock / kLanes;
-  static constexpr int kTileTurns = 2;  // of CacheFetch beside a tile of columns
+  static constexpr int kTileTurns = 3, kRowTurns = 2;  // of CacheFetch beside a tile of columns, beside half of a row's softmax
 
   TileOfRows(TiledState& state, const CacheView& cache, const HeadTile& of)
       : state_(state), tile_(of.view), head_dim_(cache.head_dim), width_(cache.width()), first_(of.first), last_(of.last),
-        num_groups_(num_tiles(last_ - first_, state.group)), all_(Int8Tile::all_spans(state, of.first, of.last)), ahead_(tile_, cache, num_groups_ * turns()) {}
+        num_groups_(num_tiles(last_ - first_, state.group)), all_(Int8Tile::all_spans(state, of.first, of.last)),
+        ahead_(tile_, cache, num_groups_ * turns()) {}
 
   TileOfRows(const TileOfRows&) = delete;
 
@@ -146,7 +148,7 @@ class TileOfRows {
     Rows tops(*this, group);
     for_rows(group, [&](int r, int64_t row) {
       tops[r] = scale_scores(r, row);
-      ahead_.step<2>();
+      ahead_.step<kRowTurns>();
     });
     return max_rows(tops.v, state_.group);
   }
@@ -161,7 +163,7 @@ class TileOfRows {
     for_rows(group, [&](int r, int64_t) {
       for (int half = 0, at = 2 * r * kTile; half < 2; ++half, at += kBlock)
         store_weights(state_.s[r] + half * kBlockVectors, inverse[r], state_.weights + at, state_.weights + kTile + at);
-      ahead_.step<2>();
+      ahead_.step<kRowTurns>();
     });
     return {m, sum_rows(totals.v, state_.group), top / kTwoLimbs};
   }
@@ -216,13 +218,14 @@ class TileOfRows {
   // Turns of CacheFetch beside the work on a group.
   int64_t turns() const {
     const int64_t vectors = num_tiles(all_.high, kLanes) - all_.low / kLanes, blocks = num_tiles(all_.high, kBlock) - all_.low / kBlock;
-    return (vectors * (head_dim_ / kTileBytes) + blocks * (width_ / kLanes)) * kTileTurns + (vectors / 2 + 4) * size(0);
+    return (vectors * (head_dim_ / kTileBytes) + blocks * (width_ / kLanes)) * kTileTurns + 2 * kRowTurns * size(0);
   }
 
   // f(r, row) for the rows of a group.
   template <typename F>
   OCTAVO_INLINE void for_rows(int64_t group, F&& f) const {
-    for (int64_t r = 0; r < size(group); ++r) f(static_cast<int>(r), first_ + group * state_.group + r);
+    const int64_t count = size(group), start = first_ + group * state_.group;
+    for (int64_t r = 0; r < count; ++r) f(static_cast<int>(r), start + r);
   }
 
   // Row r's scores as floats to state.s; their largest by lanes.
@@ -242,7 +245,7 @@ class TileOfRows {
   }
 
   // e of a row's scores to their lanes' sums, and e · the scales of V in their place; the largest of those by lanes.
-  OCTAVO_INLINE f32x16 exponentials(int r, int64_t row, float m, f32x16& total) {
+  OCTAVO_INLINE f32x16 exponentials(int r, int64_t row, float m, f32x16& total) const {
     f32x16 top = {};
     with_span(state_.span[row], [&](auto whole, int first, int last) {
       f32x16* s = state_.s[r];
@@ -257,7 +260,6 @@ class TileOfRows {
         s[i] = e * vector_of(tile_.v_scale, i);
         if (!whole) s[i] = keep_inside(s[i], state_.span[row], i, 0.0f);
         top = max(top, s[i]);
-        if (i % 2 == 0) ahead_.step<1>();
       }
     });
     return top;
