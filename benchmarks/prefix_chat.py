@@ -20,7 +20,7 @@ from pathlib import Path
 
 from plots import Panel, draw
 
-from octavo.engine.core import EngineCore, default_budget, make_scheduler
+from octavo.engine.core import EngineCore, scheduler_for
 from octavo.protocol.messages import SamplingParams, Submit
 from octavo.settings import set_thread_environ, with_overrides
 
@@ -63,9 +63,7 @@ class Engine:
         from octavo.engine.load import load_runner
 
         runner = load_runner(settings, lambda stage, fraction: None)
-        budget = settings.max_num_batched_tokens or default_budget(runner.info)
-        scheduler = make_scheduler(runner.info, max_num_batched_tokens=budget, prefix_cache=prefix_cache)
-        return cls(EngineCore(scheduler, runner, time.monotonic))
+        return cls(EngineCore(scheduler_for(settings, runner.info), runner, time.monotonic))
 
     def answer(self, prompt: list[int], *, seed: int, tokens: int = ANSWER) -> Turn:
         self.next_id += 1

@@ -32,7 +32,7 @@ from pathlib import Path
 from copying_model import make_copying_model
 from standard_model import make_model
 
-from octavo.engine.core import EngineCore, default_budget, make_scheduler
+from octavo.engine.core import IDLE_TOKENS, EngineCore, default_budget, make_scheduler
 from octavo.engine.interface import Runner
 from octavo.engine.load import load_runner
 from octavo.protocol.messages import SamplingParams, Submit
@@ -146,6 +146,7 @@ def core_over(runner: Runner, speculation: str) -> EngineCore:
         prefix_cache=False,
         speculation=speculation,
         speculation_tokens=8,
+        max_idle_tokens=IDLE_TOKENS,
     )
     return EngineCore(scheduler, runner, time.monotonic)
 
