@@ -120,7 +120,7 @@ def test_the_reference_gives_a_row_the_same_bits_however_it_was_computed(referen
     assert all(torch.equal(whole.result(i), other.result(i)) for i in range(3))
 
 
-@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 16, 80, 128, 192, 256])
 @pytest.mark.parametrize("variant", COMPILED)
 def test_decode_has_the_bits_of_the_prompt_at_every_head_size(
     make_kernels: MakeKernels, variant: str, head_dim: int
@@ -185,7 +185,15 @@ def test_a_crowd_that_decodes_has_the_bits_of_each_alone(
 @pytest.mark.parametrize("variants", [("avx512", "avx2"), ("amx", "avx512")])
 @pytest.mark.parametrize(
     "shape",
-    [(6, 2, 80, None), (4, 2, 64, None), (4, 1, 64, 150), (7, 1, 128, None), (2, 2, 256, 70), (18, 2, 64, 90)],
+    [
+        (6, 2, 80, None),
+        (4, 2, 64, None),
+        (4, 1, 64, 150),
+        (7, 1, 128, None),
+        (2, 2, 256, 70),
+        (18, 2, 64, 90),
+        (128, 1, 64, None),
+    ],
 )
 def test_instruction_sets_give_the_same_bits(
     make_kernels: MakeKernels, variants: tuple[str, str], shape: tuple[int, int, int, int | None]

@@ -1,8 +1,8 @@
-// Attention over the paged cache. Work is cut into units (a sequence, some kv heads, up to 64 query rows: tokens times
+// Attention over the paged cache. Work is cut into units (a sequence, some kv heads, up to 64 or 128 query rows: tokens times
 // heads); if there are too few units for the threads, a unit is cut into runs of whole segments whose partials are folded
 // afterwards in order. Every row meets the same tiles and segments in the same order either way, so the cut never changes a
-// bit. A unit takes its heads through a tile one after the other, as they lie in memory: long runs are what the processor
-// fetches by itself, and asked for 4 kB at a time it reads at half the rate.
+// bit. A unit takes its heads through a tile one after the other, as they lie in memory: the processor fetches long runs
+// by itself, and an int8 cache is fetched ahead in four of them (attention_fetch.h).
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -113,6 +113,12 @@ struct Place {
 
 int64_t last_position(const Call& call, const Unit& unit) { return call.positions[unit.row + unit.num_rows - 1]; }
 
+// Where a part begins to see something.
+Place first_place(const Call& call, const Unit& unit, const Part& part) {
+  const int64_t lowest = call.window == 0 ? 0 : std::max<int64_t>(0, call.positions[unit.row] - call.window + 1);
+  return {&unit, std::max(part.first_segment * kTilesPerSegment, lowest / kTile), 0};
+}
+
 int64_t block_of(const Call& call, const Place& at, int half) {
   // past the table: nothing there is visible
   const int64_t index = std::min<int64_t>(at.tile * 2 + half, call.max_blocks - 1);
@@ -180,10 +186,11 @@ void run_heads(const Call& call, const Unit& unit, int64_t tile, const Place& af
     if (head < unit.kv_heads) return Place{&unit, tile, head};
     return Place{after.unit, after.tile, std::min(after.head + head - unit.kv_heads, after.unit->kv_heads - 1)};
   };
+  const int64_t keys_ahead = std::min(Tile::kKeysAhead, unit.kv_heads);
   Tile::run_heads(state, call.cache, unit.kv_heads, [&](int64_t head) {
     const int64_t begin = head * unit.num_rows * call.group();
-    std::copy(state.span + first, state.span + last, state.span + begin + first);
-    return HeadTile{begin + first, begin + last, view_tile(call, place(head), place(head + Tile::kKeysAhead), place(head + 1))};
+    if (begin > 0) std::copy(state.span + first, state.span + last, state.span + begin + first);
+    return HeadTile{begin + first, begin + last, view_tile(call, place(head), place(head + keys_ahead), place(head + 1))};
   });
 }
 
@@ -254,7 +261,7 @@ void attend(Pool* pool, const Call& call) {
     State& state = *reinterpret_cast<State*>(pool->scratch(thread, sizeof(State)));
     const Unit& unit = units[parts[i].unit];
     const Part& after = parts[std::min(i + 1, num_parts - 1)];
-    run_part<Tile>(call, unit, parts[i], {&units[after.unit], after.first_segment * kTilesPerSegment, 0}, partials, state);
+    run_part<Tile>(call, unit, parts[i], first_place(call, units[after.unit], after), partials, state);
     if (unit.partials >= 0) return;
     for (int64_t row = 0; row < unit.rows(call.group()); ++row)
       finish_row(state.total[row], state.total_out + row * call.cache.width(), row_out(call, unit, row), call.cache.head_dim);

@@ -35,7 +35,7 @@ OCTAVO_INLINE DotVector load_columns(const int8_t* p) {
 #endif
 }
 
-OCTAVO_INLINE DotVector splat_quad(const int16_t* p) {
+OCTAVO_INLINE DotVector splat_four(const int16_t* p) {
   int64_t quad;
   std::memcpy(&quad, p, sizeof(quad));
 #ifdef __AVX512F__
@@ -95,7 +95,7 @@ OCTAVO_INLINE void dots_of(const Stretch* stretches, int num_stretches, int64_t 
     for (int64_t quad = stretches[i].quads; quad > 0; --quad, a += kQuad, b += steps.quad) {
       aside();
       const DotVector columns[] = {load_columns(b + Column / 2 * steps.panel + Column % 2 * kDotBytes)...};
-      ((sums[Sum] = dot_pairs(sums[Sum], splat_quad(a + Sum / kColumns * row_stride), columns[Sum % kColumns])), ...);
+      ((sums[Sum] = dot_pairs(sums[Sum], splat_four(a + Sum / kColumns * row_stride), columns[Sum % kColumns])), ...);
     }
   }
   (f(Result / V, Result % V, join_pairs(sums[2 * Result], sums[2 * Result + 1])), ...);

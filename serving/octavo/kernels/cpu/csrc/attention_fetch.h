@@ -23,14 +23,11 @@ class CacheFetch {
     times_ = num_tiles(most_, turns * kLine);
   }
 
-  // A line of each, kTurns times.
+  // kTurns turns, or as many times that as it takes to be done with all steps; a turn is a line of each.
   template <int kTurns>
   OCTAVO_INLINE void step() {
     if (offset_ >= most_) return;
-    for (int64_t turn = kTurns * times_; turn > 0; --turn, offset_ += kLine)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        if (offset_ < bytes_[i]) __builtin_prefetch(at_[i] + offset_, 0, 2);
+    for (int64_t turn = kTurns * times_; turn > 0; --turn) take();
   }
 
   // The same for many small steps, once in a while.
@@ -40,8 +37,19 @@ class CacheFetch {
     step<1>();
   }
 
+  void finish() {
+    while (offset_ < most_) take();
+  }
+
  private:
   static constexpr int64_t kLine = 64;
+
+  OCTAVO_INLINE void take() {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      if (offset_ < bytes_[i]) __builtin_prefetch(at_[i] + offset_, 0, 2);
+    offset_ += kLine;
+  }
 
   const char* at_[4];
   int64_t bytes_[4], most_ = 0;

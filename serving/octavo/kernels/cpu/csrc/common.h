@@ -19,7 +19,7 @@ namespace octavo {
 constexpr int kLanes = 16;
 
 // Columns of int8 lie in panels of 16 whose quads of the summed axis are rows of 64 bytes, [16 columns][4]: what one instruction
-// multiplies with four inputs; sixteen rows are a tile.
+// multiplies with four inputs; sixteen rows are a tile. AVX2 has the columns of its weights in halves of 8.
 constexpr int kPanel = 16;
 constexpr int kQuad = 4;
 

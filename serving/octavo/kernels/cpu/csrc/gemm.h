@@ -57,7 +57,8 @@ template <int R, int C, bool kOnce>
 OCTAVO_INLINE void int8_tile(const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t quads, int64_t first, int64_t last,
                              const Ahead& ahead, int32_t* out) {
   constexpr int64_t kQuadBytes = kPanel * kQuad;
-  // Quads, measured. A row or two leave time for nothing but reading: they fetch twice, from further on into the second cache.
+  // Quads, measured. A row or two leave time for nothing but reading: they fetch twice, from further on into the second cache, but
+  // for the beginning of a panel.
   constexpr bool kTwice = kOnce && R <= 2;
   constexpr int64_t kNear = (kTwice ? 1024 : C == 2 ? 4096 : 2048) / kQuadBytes, kFar = 4096 / kQuadBytes;
   i32x16 acc[R][C] = {};  // not __m512i: g++ would copy every sum to another register and back

@@ -90,15 +90,15 @@ OCTAVO_INLINE void dot_step(const TileBlock& block, const uint8_t* x, const int8
 template <int T, int C>
 class WeightFetch {
  public:
-  // `next`: the panels that come next; the current ones and they are passed in `steps` steps. `once`: no other rows read them.
-  WeightFetch(const int8_t* next, int64_t half, int64_t half_bytes, int64_t steps, bool once)
-      : next_(next), once_(once), far_(next), half_(half), stride_(half_bytes / kStreams / kLine * kLine),
+  // `next`: the panels that come next. `steps`: how many the current ones take.
+  WeightFetch(const int8_t* next, int64_t half, int64_t half_bytes, int64_t steps)
+      : next_(next), far_(next), half_(half), stride_(half_bytes / kStreams / kLine * kLine),
         left_(num_tiles(half_bytes / kStreams, kLine)), each_(left_), steps_(steps) {}
 
-  // A part of what is fetched at a step. One row tile that reads weights alone, four streams of them, has those of its next step
-  // fetched, else what comes next is fetched all through the current panels.
+  // A part of what is fetched at a step. One row tile reads weights alone, in two or four streams, and has those of its next step
+  // fetched; else what comes next is fetched all through the current panels.
   OCTAVO_INLINE void operator()(const TileBlock& block, int64_t quad, int part) {
-    if (T == 1 && once_) near(block, quad + kTileQuads, part);
+    if constexpr (T == 1) near(block, quad + kTileQuads, part);
     else if (part == 0) far();
   }
 
@@ -123,9 +123,7 @@ class WeightFetch {
       }
   }
 
-  const int8_t* next_;
-  bool once_;
-  const int8_t* far_;
+  const int8_t *next_, *far_;
   int64_t half_, stride_, left_, each_, steps_, due_ = 0;
 };
 
@@ -275,7 +273,7 @@ void multiply_columns(const Product& p, const Block& block) {
   int turn = 0;
   for (int64_t panel = block.panel; panel < end; panel += kStep) {
     const int8_t* next = panel + kStep < end ? panel_of(p, panel + kStep) : block.next;
-    WeightFetch<T, C> fetch(next, half_of<C>(p), C / 2 * panel_size(p), parts.count * steps, parts.count == 1);
+    WeightFetch<T, C> fetch(next, half_of<C>(p), C / 2 * panel_size(p), parts.count * steps);
     for (int64_t index = 0; index < parts.count; ++index, turn ^= 1) {
       const int64_t begin = parts.begin(index);
       const TileBlock part = tile_block<C>(p, begin, parts.size, panel);
@@ -316,7 +314,7 @@ void multiply_groups(const Product& p, const Block& block) {
   for (int64_t panel = block.panel; panel < end; panel += C) {
     const int8_t* next = panel + C < end ? panel_of(p, panel + C) : block.next;
     const int64_t steps = parts.count * std::max<int64_t>(1, each / kTileQuads) * groups;
-    WeightFetch<T, C> fetch(next, half_of<C>(p), C / 2 * panel_size(p), steps, parts.count == 1);
+    WeightFetch<T, C> fetch(next, half_of<C>(p), C / 2 * panel_size(p), steps);
     for (int64_t index = 0; index < parts.count; ++index) {
       const int64_t begin = parts.begin(index), repeated = index + 1 == parts.count ? parts.repeated() : 0;
       const TileBlock part = tile_block<C>(p, begin, parts.size, panel);
