@@ -9,7 +9,7 @@
     road     the road's cost with the demo model and with a stand-in engine         road.py
     peers    other engines on the same work, those given by --peer NAME=PYTHON      peers.py
 
-Results are JSON and PNG files in benchmarks/results. Takes about half an hour; keep the machine quiet.
+Results are JSON and PNG files in benchmarks/results. Takes about a quarter of an hour; keep the machine quiet.
 """
 
 from __future__ import annotations

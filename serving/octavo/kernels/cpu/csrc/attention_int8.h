@@ -53,11 +53,11 @@ struct Int8Tile {
     Sum sums[R];
     const Span all = all_spans(state, first, first + R);
     const auto aside = [&] { ahead.tick(every); };
-    score<R>(queries(state) + first * cache.head_dim, tile, all, cache.head_dim, scores, aside);
+    score<R>(queries(state) + first * cache.head_dim, tile, all, cache, scores, aside);
     for (int r = 0; r < R; ++r)
       sums[r] = weigh(scores + r * kTile, state.query_scale[first + r], tile, state.span[first + r],
                       weights + r * kTile, &weight_scale[r]);
-    gather<R>(state, first, tile, all, cache.width(), weights, weight_scale, sums, aside);
+    gather<R>(state, first, tile, all, cache, weights, weight_scale, sums, aside);
   }
 
   template <typename F>
@@ -102,11 +102,12 @@ struct Int8Tile {
 
   // Columns beyond the span are left as they are.
   template <int R, typename Aside>
-  static void score(const int16_t* q, const TileView& tile, Span all, int64_t head_dim, int32_t* scores, Aside&& aside) {
+  static void score(const int16_t* q, const TileView& tile, Span all, const CacheView& cache, int32_t* scores, Aside&& aside) {
+    const int64_t head_dim = cache.head_dim;
+    const Steps steps = {cache.k_panel(), CacheView::kKQuad};
     for (int block = all.low / kBlock; block * kBlock < all.high; ++block) {
       const int columns = std::min(kBlock, all.high - block * kBlock);
       for (int n = 0; n < columns; n += kDotVectors * kDotLanes) {
-        const Steps steps = {kPanel * head_dim, CacheView::kKQuad};
         const int64_t skip = steps.offset(n);
         const Stretch stretch = {q, bytes(tile.k[block]) + skip, head_dim / kQuad};
         const int64_t vectors = std::min<int64_t>(kDotVectors, num_tiles(columns - n, kDotLanes));
@@ -158,13 +159,14 @@ struct Int8Tile {
 
   // p15 · V of the rows, into their segments.
   template <int R, typename Aside>
-  static void gather(RowState& state, int64_t first, const TileView& tile, Span all, int64_t width, const int16_t* weights,
+  static void gather(RowState& state, int64_t first, const TileView& tile, Span all, const CacheView& cache, const int16_t* weights,
                      const float* weight_scale, const Sum* sums, Aside&& aside) {
+    const int64_t width = cache.width();
     alignas(64) float spare[R * kMaxHeadDim];
     float* out[R];
     for (int r = 0; r < R; ++r)
       out[r] = is_empty(state.segment[first + r]) ? state.segment_out + (first + r) * width : spare + r * width;
-    const Steps steps = {CacheView::kVPanel, width * kQuad};
+    const Steps steps = {CacheView::kVPanel, cache.v_quad()};
     for (int64_t n = 0; n < width; n += kDotVectors * kDotLanes) {
       const int64_t vectors = std::min<int64_t>(kDotVectors, (width - n) / kDotLanes);
       with_constant<kDotVectors>(vectors, [&](auto count) {

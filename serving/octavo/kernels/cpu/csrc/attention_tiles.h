@@ -117,7 +117,8 @@ class TileOfRows {
   static constexpr int kTileTurns = 3, kRowTurns = 2;  // of CacheFetch beside a tile of columns, beside half of a row's softmax
 
   TileOfRows(TiledState& state, const CacheView& cache, const HeadTile& of)
-      : state_(state), tile_(of.view), head_dim_(cache.head_dim), width_(cache.width()), first_(of.first), last_(of.last),
+      : state_(state), tile_(of.view), head_dim_(cache.head_dim), width_(cache.width()), k_panel_(cache.k_panel()),
+        v_quad_(cache.v_quad()), first_(of.first), last_(of.last),
         num_groups_(num_tiles(last_ - first_, state.group)), all_(Int8Tile::all_spans(state, of.first, of.last)),
         ahead_(tile_, cache, num_groups_ * turns()) {}
 
@@ -130,7 +131,7 @@ class TileOfRows {
     const int8_t* q = state_.query + (first_ + group * state_.group) * 2 * head_dim_;
     multiply({q, head_dim_}, all_.low / 32 * 2, num_tiles(all_.high, 32) * 2, 0, head_dim_ / kTileBytes, scores(),
              [&](auto to, int64_t panel, int64_t stretch) {
-      const char* block = tile_.k[panel / kBlockVectors] + panel % kBlockVectors * kPanel * head_dim_;
+      const char* block = tile_.k[panel / kBlockVectors] + panel % kBlockVectors * k_panel_;
       load_tile<decltype(to)::value>(block + stretch * kTileRows * kTileBytes, kTileBytes);
     });
   }
@@ -139,7 +140,7 @@ class TileOfRows {
   void gather() {
     multiply({state_.weights, kTile}, 0, width_ / kLanes, all_.low / kBlock, num_tiles(all_.high, kBlock), out(),
              [&](auto to, int64_t panel, int64_t block) {
-      load_tile<decltype(to)::value>(tile_.v[block] + panel * CacheView::kVPanel, width_ * kQuad);
+      load_tile<decltype(to)::value>(tile_.v[block] + panel * CacheView::kVPanel, v_quad_);
     });
   }
 
@@ -274,7 +275,7 @@ class TileOfRows {
 
   TiledState& state_;
   const TileView tile_;
-  int64_t head_dim_, width_, first_, last_, num_groups_;
+  int64_t head_dim_, width_, k_panel_, v_quad_, first_, last_, num_groups_;
   Span all_;
   CacheFetch ahead_;
 };
