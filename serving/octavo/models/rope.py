@@ -1,20 +1,32 @@
-"""The table of cosines and sines of a model's rotary embedding. Made once at load, in float32 on the host."""
+"""The table of cosines and sines of a model's rotary embedding. Made once at load, on the host."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.models.rope_config import RopeConfig
 
+_PART = 4096  # positions at a time
+
 
 def cos_sin_table(rope: RopeConfig, *, num_positions: int) -> Tensor:
-    """[num_positions, rotary_dim] float32: cosines in the first half, sines in the second."""
-    positions = torch.arange(num_positions, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequencies(rope)[None, :]  # [num_positions, rotary_dim / 2]
-    return torch.cat((angles.cos(), angles.sin()), dim=1) * attention_factor(rope)
+    """[num_positions, rotary_dim] float32: cosines in the first half, sines in the second.
+
+    Angles are float32, as everywhere; their cosines are rounded from float64, by numpy: each process has this table.
+    """
+    frequencies = inverse_frequencies(rope).numpy()
+    width = len(frequencies)
+    table = np.empty((num_positions, 2 * width), dtype=np.float32)
+    for start in range(0, num_positions, _PART):
+        part = table[start : start + _PART]
+        positions = np.arange(start, start + len(part), dtype=np.float32)
+        angles = (positions[:, None] * frequencies).astype(np.float64)
+        part[:, :width], part[:, width:] = np.cos(angles), np.sin(angles)
+    return torch.from_numpy(table) * attention_factor(rope)
 
 
 def inverse_frequencies(rope: RopeConfig) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from octavo.first_calls import settle
 from octavo.kernels.reference.attention import ReferenceAttention
 from octavo.kernels.reference.moe import ReferenceMoe
 from octavo.kernels.reference.products import ReferenceProducts
@@ -19,4 +20,5 @@ class ReferenceKernels(ReferenceProducts, ReferenceRows, ReferenceAttention, Ref
     name = "reference"
 
     def __init__(self) -> None:
+        settle()
         self.device = torch.device("cpu")

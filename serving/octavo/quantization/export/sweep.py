@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from octavo.first_calls import settle
 from octavo.models.config import ModelConfig, load_config
 from octavo.models.rope import cos_sin_table
 from octavo.quantization.calibrate import CalibrationText
@@ -68,6 +69,7 @@ def check(options: Options) -> ModelConfig:
 @torch.inference_mode()
 def quantize(options: Options, text: CalibrationText, progress: Progress) -> Outcome:
     """Write the checkpoint and its report to `options.out`. Raises CheckpointError."""
+    settle()
     config = check(options)
     vocabulary = max(token for ids in (*text.calibration, *text.held_out) for token in ids)
     if vocabulary >= config.vocab_size:
