@@ -178,6 +178,35 @@ def test_dangerous_calls_are_found() -> None:
     assert sorted(dangerous_calls(source)) == ["eval", "os.environ", "shell=", "torch.load"]
 
 
+def limited_gets(source: str) -> list[str]:
+    """`get` with a time limit in a module that names SimpleQueue."""
+    tree = ast.parse(source)
+    if not any(
+        isinstance(node, (ast.Name, ast.Attribute)) and "SimpleQueue" in ast.unparse(node) for node in ast.walk(tree)
+    ):
+        return []
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if call.func.attr == "get" and any(keyword.arg == "timeout" for keyword in call.keywords)
+    ]
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES.items())
+def test_no_simple_queue_is_asked_with_a_time_limit(name: str, path: Path) -> None:
+    """Of C's SimpleQueue (CPython 3.10 to 3.12): what is left of the limit after a wake-up without an item may be
+    below zero, which its lock takes for no limit at all. `queue.Queue` has no such moment.
+    """
+    assert limited_gets(path.read_text(encoding="utf-8")) == []
+
+
+def test_gets_with_a_time_limit_are_found() -> None:
+    limited = "def wait(items: queue.SimpleQueue[int]) -> int:\n    return items.get(timeout=0.1)\n"
+    assert limited_gets(limited) == ["items.get(timeout=0.1)"]
+    assert limited_gets(limited.replace("SimpleQueue", "Queue")) == []
+
+
 def test_every_module_opens_with_a_docstring() -> None:
     bare = [
         name for name, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

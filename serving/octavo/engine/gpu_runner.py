@@ -55,7 +55,7 @@ class GpuRunner(PlanQueues):
         self._clock = clock
         self._last_end = 0.0  # of the last step that finished
         self._closing = False  # of the worker: no plan will come
-        made: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        made: queue.Queue[Exception | None] = queue.Queue()
 
         def work() -> None:
             try:

@@ -17,7 +17,8 @@ class PlanQueues:
 
     def __init__(self, info: EngineInfo) -> None:
         self.info = info
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        # Not a SimpleQueue: its `get` with a time limit, which a runner may poll with, waits for ever now and then.
+        self._plans: queue.Queue[StepPlan | None] = queue.Queue()
         self._results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
 
     def submit(self, plan: StepPlan) -> None:

@@ -17,7 +17,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 import msgspec
 
@@ -43,7 +43,7 @@ OVERDUE_SECONDS = 0.01  # a batch does not wait longer for the queue to become e
 class Delivery:
     """One thread over one queue of requests, those of a step together, and of carriers that have something to send."""
 
-    def __init__(self, *, queue: SimpleQueue[list[RequestState] | Carrier | None], registry: Registry,
+    def __init__(self, *, queue: Queue[list[RequestState] | Carrier | None], registry: Registry,
                  composer: Composer, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._queue = queue
         self._registry = registry

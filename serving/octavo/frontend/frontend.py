@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue, SimpleQueue
 
 from octavo.engine.fingerprint import fingerprint
 from octavo.frontend.admission import Registry
@@ -51,7 +51,7 @@ class FrontEnd:
         self._clock = clock
         self._slot = TokenizerSlot(tokenizer)
         self.metrics = Metrics()
-        deliveries: SimpleQueue[list[RequestState] | Carrier | None] = SimpleQueue()
+        deliveries: Queue[list[RequestState] | Carrier | None] = Queue()  # a SimpleQueue may miss a time limit
         self._inbox: SimpleQueue[Arrival | None] = SimpleQueue()
         self.registry = Registry(
             batch_size=settings.batch_size, max_waiting=settings.max_cached_task_num, clock=clock,
