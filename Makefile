@@ -6,7 +6,7 @@ CARD_PYTHON := $(or $(wildcard $(PYTHON)),python3)
 .PHONY: setup test test-full test-gpu lint types bench bench-gpu gpu-budgets format
 
 setup: ; @bash start_server.sh --install test
-test: setup lint types ; $(PYTHON) -m pytest -m "not slow"
+test: setup lint types ; $(PYTHON) tests/lanes.py -m "not slow"
 test-full: setup lint types ; $(PYTHON) -m pytest
 test-gpu: ; $(CARD_PYTHON) -m pytest tests/gpu tests/kernels_gpu -m "not slow" -v --durations=10
 bench-gpu: ; $(CARD_PYTHON) benchmarks/gpu/bench.py --json benchmarks/results/gpu.json
