@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from octavo.quantization.errors import CheckpointError
 from octavo.scheduling.plan import StepPlan
 from octavo.settings import Settings, SettingsError
 
+ENVIRON = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "serving")}
 FLOAT = {"WEIGHT_QUANT": "none", "DTYPE": "float32", "USE_CACHE_KV_INT8": "0"}
 PROMPT = torch.randint(3, VOCAB, (70,), generator=torch.Generator().manual_seed(8)).tolist()
 
@@ -174,3 +178,27 @@ def test_what_cannot_be_loaded_says_so(load: LoadRunner, tmp_path: Path) -> None
         load(MP_NUM="2")
     with pytest.raises(SettingsError, match=r"BLOCK_BS=0\.5"):
         load(BLOCK_BS="0.5")
+
+
+def test_a_program_ends_after_the_step_under_way() -> None:
+    """A worker writes to memory that the interpreter's end frees."""
+    program = """
+import time
+from octavo.engine.plan_queues import PlanQueues
+
+class Slow(PlanQueues):
+    def __init__(self):
+        super().__init__(None)
+        self._start(self.work)
+
+    def work(self):
+        while self._plans.get() is not None:
+            print("begun", flush=True)
+            time.sleep(0.5)
+            print("done", flush=True)
+
+Slow().submit(1)
+time.sleep(0.1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRON, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "begun\ndone\n"), done.stderr[-2000:]

@@ -40,6 +40,26 @@ def test_rows_know_their_positions_and_slots() -> None:
     assert all(tensor.dtype == torch.int32 for tensor in (layout.positions, layout.slot_mapping, layout.block_tables))
 
 
+def test_one_token_each_is_as_it_is_beside_longer_ones() -> None:
+    """Decoding has a way of its own; a prompt of two tokens behind the same sequences takes the general one."""
+    tables = {0: [9, 4, 7], 2: [1], 5: [3, 8], 6: [0, 2]}
+    starts, tokens = {0: 130, 2: 0, 5: 127, 6: 64}, {0: PENDING, 2: 41, 5: 42, 6: PENDING}
+    steps = [
+        _sequence(slot, [tokens[slot]], start=starts[slot], table=table, wanted=params())
+        for slot, table in tables.items()
+    ]
+    prompt = _sequence(1, [11, 12], start=0, table=[6], wanted=params())
+    last_token = np.arange(50, 58)
+    alone, beside = (forward_batch(each, last_token, BlockTables(8), device=CPU) for each in (steps, [*steps, prompt]))
+    assert alone.token_ids.tolist() == beside.token_ids[:4].tolist() == [50, 41, 42, 56]
+    assert alone.logits_rows.tolist() == beside.logits_rows.tolist() == [0, 3]
+    for name, count in {"query_start": 5, "seq_lens": 4, "block_tables": 4, "positions": 4, "slot_mapping": 4}.items():
+        mine, theirs = getattr(alone.layout, name), getattr(beside.layout, name)[:count]
+        assert (mine.dtype, mine.tolist()) == (theirs.dtype, theirs.tolist())
+    assert (alone.token_ids.dtype, alone.logits_rows.dtype) == (beside.token_ids.dtype, beside.logits_rows.dtype)
+    assert (alone.layout.max_query_len, alone.layout.max_seq_len) == (1, 131)
+
+
 def test_prompt_rows_follow_the_sampled_ones() -> None:
     wanted = params(prompt_logprobs=0)
     chunk = _sequence(0, [1, 2, 3], start=67, table=[0, 1], wanted=wanted)  # positions 67, 68, 69 of a prompt of 70

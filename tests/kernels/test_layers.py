@@ -14,15 +14,18 @@ from octavo.kernels.interface import (
     BatchLayout,
     CacheSpec,
     DenseLayer,
+    Head,
     HeadLayout,
     Kernels,
     LayerCache,
+    SamplingRows,
     StacksLayers,
 )
 
 HIDDEN, INTERMEDIATE = 96, 176  # eleven panels of gates: an odd one is left where they go in pairs
 HEADS = HeadLayout(4, 2, 32, 32**-0.5)
 NUM_BLOCKS = 12
+VOCABULARY = 203  # no multiple of a panel
 FORMATS = {
     "one limb": ActivationFormat(1),
     "two limbs": ActivationFormat(2),
@@ -62,6 +65,38 @@ def make_layer(kernels: Kernels, format: ActivationFormat, *, seed: int) -> Dens
         gate_up=linear(2 * INTERMEDIATE, HIDDEN),
         down=linear(HIDDEN, INTERMEDIATE),
         eps=1e-5,
+    )
+
+
+def make_head(kernels: Kernels, kind: ActivationFormat | torch.dtype) -> Head:
+    """A head of random weights, int8 or float."""
+    generator = torch.Generator().manual_seed(7)
+    if isinstance(kind, torch.dtype):
+        product = kernels.pack_float((torch.randn(VOCABULARY, HIDDEN, generator=generator) / 8).to(kind))
+    else:
+        weight = torch.randint(-127, 128, (VOCABULARY, HIDDEN), generator=generator, dtype=torch.int8)
+        product = kernels.pack_int8(weight, torch.full((VOCABULARY, 1), 1e-3), format=kind)
+    return Head(torch.rand(HIDDEN, generator=generator) + 0.5, 1e-5, product)
+
+
+def sampling_rows(count: int) -> SamplingRows:
+    """The first row is greedy, the others draw; the last has penalties and a bias."""
+    return SamplingRows(
+        temperature=torch.linspace(0.0, 1.5, count),
+        top_p=torch.full((count,), 0.9),
+        top_k=torch.full((count,), 40, dtype=torch.int32),
+        min_p=torch.full((count,), 0.01),
+        seed=torch.arange(count) + 3,
+        position=torch.arange(count) * 5,
+        repetition_penalty=torch.full((count,), 1.3),
+        frequency_penalty=torch.full((count,), 0.1),
+        presence_penalty=torch.full((count,), 0.2),
+        seen_start=torch.tensor([0] * count + [2], dtype=torch.int32),
+        seen_ids=torch.tensor([4, 9], dtype=torch.int32),
+        seen_counts=torch.tensor([0, 3], dtype=torch.int32),
+        bias_start=torch.tensor([0] * count + [1], dtype=torch.int32),
+        bias_ids=torch.tensor([11], dtype=torch.int32),
+        bias_values=torch.tensor([float("-inf")]),
     )
 
 
@@ -110,7 +145,7 @@ def test_a_stack_has_the_bits_of_its_operations(fast: Kernels, format: str, step
     x = torch.randn(count, HIDDEN)
     rows = torch.tensor([count - 1, 0])
     mine, theirs = (make_caches(fast, len(layers), static=static_cache) for _ in range(2))
-    stack = fast.stack_layers(layers, angles(512, HEADS.head_dim))
+    stack = fast.stack_layers(layers, angles(512, HEADS.head_dim), make_head(fast, FORMATS["one limb"]))
     assert stack is not None
     y = stack.run(x.clone(), layout, mine, rows)
     assert torch.equal(y, one_by_one(fast, layers, x.clone(), layout, theirs, rows))
@@ -118,11 +153,33 @@ def test_a_stack_has_the_bits_of_its_operations(fast: Kernels, format: str, step
         assert all(torch.equal(p, q) for p, q in zip(a.rows(), b.rows(), strict=True))
 
 
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", [*FORMATS.values(), torch.bfloat16, torch.float32], ids=str)
+def test_a_whole_step_has_the_bits_of_its_operations(
+    fast: Kernels, kind: ActivationFormat | torch.dtype, step: str
+) -> None:
+    assert isinstance(fast, StacksLayers)
+    layers, head = [make_layer(fast, FORMATS["one limb"], seed=seed) for seed in range(2)], make_head(fast, kind)
+    layout = layout_for(step)
+    count = int(layout.query_start[-1])
+    x, rows = torch.randn(count, HIDDEN), torch.tensor([0, count - 1, count // 2, 1, 1, 0, 0])
+    mine, theirs = make_caches(fast, 2), make_caches(fast, 2)
+    stack = fast.stack_layers(layers, angles(512, HEADS.head_dim), head)
+    assert stack is not None
+    tokens = stack.sample(x.clone(), layout, mine, rows, sampling_rows(len(rows)))
+    y = one_by_one(fast, layers, x.clone(), layout, theirs, rows)
+    normed, _ = fast.rms_norm(y, head.norm, head.eps, head.product.format)
+    want = fast.sample(fast.linear(normed, head.product), sampling_rows(len(rows)))
+    assert torch.equal(tokens, want)
+    assert len(set(tokens.tolist())) > 2
+    assert all(torch.equal(p, q) for a, b in zip(mine, theirs) for p, q in zip(a.rows(), b.rows(), strict=True))
+
+
 def test_without_rows_the_caches_are_filled(fast: Kernels) -> None:
     layers = [make_layer(fast, FORMATS["one limb"], seed=seed) for seed in range(2)]
     layout, x = layout_for("mixed"), torch.randn(133, HIDDEN)
     mine, theirs = make_caches(fast, 2), make_caches(fast, 2)
-    stack = fast.stack_layers(layers, angles(512, HEADS.head_dim))
+    stack = fast.stack_layers(layers, angles(512, HEADS.head_dim), make_head(fast, FORMATS["one limb"]))
     y = stack.run(x.clone(), layout, mine, torch.empty(0, dtype=torch.int64))
     assert y.shape == (0, HIDDEN)
     one_by_one(fast, layers, x.clone(), layout, theirs, torch.tensor([0]))
@@ -131,7 +188,7 @@ def test_without_rows_the_caches_are_filled(fast: Kernels) -> None:
 
 def test_a_stack_follows_its_caches_and_grows(fast: Kernels) -> None:
     layers = [make_layer(fast, FORMATS["two limbs"], seed=seed) for seed in range(2)]
-    stack = fast.stack_layers(layers, angles(512, HEADS.head_dim))
+    stack = fast.stack_layers(layers, angles(512, HEADS.head_dim), make_head(fast, FORMATS["one limb"]))
     for step in ("decode", "long", "decode"):
         layout = layout_for(step)
         x = torch.randn(int(layout.query_start[-1]), HIDDEN)
@@ -143,4 +200,4 @@ def test_a_stack_follows_its_caches_and_grows(fast: Kernels) -> None:
 def test_float_products_are_not_stacked(fast: Kernels) -> None:
     layer = make_layer(fast, FORMATS["one limb"], seed=0)
     layer = replace(layer, out=fast.pack_float(torch.randn(HIDDEN, 128)))
-    assert fast.stack_layers([layer], angles(512, HEADS.head_dim)) is None
+    assert fast.stack_layers([layer], angles(512, HEADS.head_dim), make_head(fast, FORMATS["one limb"])) is None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -75,8 +74,7 @@ class GpuRunner(PlanQueues):
                 LOG.exception("the runner's worker ended")
                 self._results.put(DeviceLost(str(error)))
 
-        self._worker = threading.Thread(target=work, name="octavo-runner", daemon=True)
-        self._worker.start()
+        self._start(work)
         error = made.get()
         if error is not None:
             raise error

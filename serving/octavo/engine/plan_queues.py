@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
+from collections.abc import Callable
 
 from octavo.engine.interface import DeviceLost, RunnerError
 from octavo.protocol.messages import EngineInfo
 from octavo.scheduling.plan import StepPlan, StepResult
 
+EXIT_SECONDS = 10.0  # that the interpreter's end waits for the plans under way
+
 
 class PlanQueues:
-    """The loop's side of a `Runner`. Who inherits starts `_worker`, which takes plans until None comes."""
-
-    _worker: threading.Thread
+    """The loop's side of a `Runner`. Who inherits starts a worker, which takes plans until None comes."""
 
     def __init__(self, info: EngineInfo) -> None:
         self.info = info
         # Not a SimpleQueue: its `get` with a time limit, which a runner may poll with, waits for ever now and then.
         self._plans: queue.Queue[StepPlan | None] = queue.Queue()
         self._results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
+
+    def _start(self, work: Callable[[], None]) -> None:
+        """Run the worker. It ends before the interpreter does, for it writes to memory that would be gone."""
+        self._worker = threading.Thread(target=work, name="octavo-runner", daemon=True)
+        self._worker.start()
+        self._at_exit = weakref.finalize(self, _end, self._plans, self._worker)
 
     def submit(self, plan: StepPlan) -> None:
         """Queue a plan and return at once."""
@@ -36,5 +44,10 @@ class PlanQueues:
 
     def close(self) -> None:
         """Stop the worker after the plans under way."""
-        self._plans.put(None)
-        self._worker.join()
+        self._at_exit.detach()
+        _end(self._plans, self._worker, None)
+
+
+def _end(plans: queue.Queue[StepPlan | None], worker: threading.Thread, seconds: float | None = EXIT_SECONDS) -> None:
+    plans.put(None)
+    worker.join(seconds)

@@ -8,7 +8,6 @@ requests.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -45,8 +44,7 @@ class CpuRunner(PlanQueues):
         super().__init__(info)
         self._step = _Step(model, caches, SlotStates(info.batch_size))
         self._clock = clock
-        self._worker = threading.Thread(target=self._work, args=(torch_threads,), name="octavo-runner", daemon=True)
-        self._worker.start()
+        self._start(lambda: self._work(torch_threads))
 
     def _work(self, torch_threads: int | None) -> None:
         if torch_threads is not None:
@@ -113,8 +111,19 @@ class _Step:
         steps = plan.sequences
         if batch is None:
             return StepResult(plan.step_id, [], [])
-        hidden = self._model.hidden(batch, self._caches)  # [R, H]: rows that sample, then rows of prompts
         sampling = [step for step in steps if step.sample]
+        if sampling and all(step.params.logprobs < 0 and step.params.prompt_logprobs < 0 for step in steps):
+            # Made before the layers: after them no cache holds the interpreter any more.
+            rows = self._slots.rows(sampling, device=self._kernels.device)
+            tokens = self._model.sample(batch, self._caches, rows).tolist()
+            drawn = accept(sampling, [Sampled(token_id) for token_id in tokens], self._slots.record)
+            return StepResult(plan.step_id, spread(steps, drawn), [None] * len(steps))
+        return self._run_parts(plan, batch, sampling)
+
+    def _run_parts(self, plan: StepPlan, batch: ForwardBatch, sampling: Sequence[SequenceStep]) -> StepResult:
+        """The same with what only log probabilities need: hidden states, and logits before sampling."""
+        steps = plan.sequences
+        hidden = self._model.hidden(batch, self._caches)  # [R, H]: rows that sample, then rows of prompts
         num_rows = len(sampling) + sum([step.num_drafts for step in sampling])
         drawn = self._draw(sampling, hidden[:num_rows] if num_rows < len(hidden) else hidden)
         sampled = drawn if len(sampling) == len(steps) else spread(steps, drawn)

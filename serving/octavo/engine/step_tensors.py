@@ -54,6 +54,8 @@ def forward_batch(
 
     last_token: [num_slots], stands in for PENDING.
     """
+    if all(len(step.token_ids) == 1 and step.params.prompt_logprobs < 0 for step in steps):
+        return _decode_batch(steps, last_token, tables, device=device)
     count = len(steps)
     slots = np.array([step.slot for step in steps])
     first = np.array([step.start for step in steps])  # [B] positions
@@ -84,6 +86,33 @@ def forward_batch(
     )
     token_ids = on_device(_token_ids(steps, starts, last_token), device)
     return ForwardBatch(token_ids, layout, on_device(_logits_rows(steps, starts), device))
+
+
+def _decode_batch(
+    steps: Sequence[SequenceStep], last_token: NDArray[np.int64], tables: BlockTables, *, device: torch.device
+) -> ForwardBatch:
+    """`forward_batch` of one token a sequence, with hardly any numpy.
+
+    After all weights have passed, no cache holds its code: each function of it costs more than these lists do.
+    """
+    newest, positions = last_token.tolist(), [step.start for step in steps]
+    tokens = [newest[step.slot] if step.token_ids[0] == PENDING else step.token_ids[0] for step in steps]
+    places = [step.block_table[at // BLOCK] * BLOCK + at % BLOCK for step, at in zip(steps, positions)]
+
+    def integers(numbers: Sequence[int], kind: type = np.int32) -> torch.Tensor:
+        return on_device(np.array(numbers, dtype=kind), device)
+
+    layout = BatchLayout(
+        query_start=integers(range(len(steps) + 1)),
+        seq_lens=integers([at + 1 for at in positions]),
+        block_tables=on_device(tables.of(steps, np.array([step.slot for step in steps])), device),
+        positions=integers(positions),
+        slot_mapping=integers(places),
+        max_query_len=1,
+        max_seq_len=max(positions) + 1,
+    )
+    rows = [row for row, step in enumerate(steps) if step.sample]
+    return ForwardBatch(integers(tokens, np.int64), layout, integers(rows, np.int64))
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -367,8 +367,17 @@ class DenseLayer:
     eps: float
 
 
+@dataclass(frozen=True)
+class Head:
+    """What follows the layers: the last norm, and the product with the vocabulary."""
+
+    norm: Tensor  # [H] float32
+    eps: float
+    product: PackedLinear  # H → V
+
+
 class LayerStack(Protocol):
-    """Consecutive layers of a model."""
+    """All layers of a model and its head."""
 
     def run(
         self,
@@ -382,12 +391,23 @@ class LayerStack(Protocol):
         """
         ...
 
+    def sample(
+        self,
+        x: Tensor,
+        layout: BatchLayout,
+        caches: Sequence[LayerCache],
+        rows: Tensor,  # [R] int64, R > 0
+        sampling: SamplingRows,  # of R rows
+    ) -> Tensor:
+        """`run`, the last norm, the head and `Kernels.sample` at once: [M, H] float32, changed, → [R] int64, new."""
+        ...
+
 
 @runtime_checkable
 class StacksLayers(Protocol):
     """A backend that may run whole layers."""
 
-    def stack_layers(self, layers: Sequence[DenseLayer], cos_sin: Tensor) -> LayerStack | None:
+    def stack_layers(self, layers: Sequence[DenseLayer], cos_sin: Tensor, head: Head) -> LayerStack | None:
         """None: these have to run one operation at a time."""
         ...
 

@@ -12,7 +12,16 @@ from functools import cached_property
 
 from torch import Tensor
 
-from octavo.kernels.interface import DenseLayer, Kernels, LayerCache, LayerStack, PackedLinear, StacksLayers
+from octavo.kernels.interface import (
+    DenseLayer,
+    Head,
+    Kernels,
+    LayerCache,
+    LayerStack,
+    PackedLinear,
+    SamplingRows,
+    StacksLayers,
+)
 from octavo.models.batch import ForwardBatch
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Attention, Experts, Mlp, Norm
@@ -83,7 +92,8 @@ class Decoder:
         if not isinstance(self.kernels, StacksLayers):
             return None
         dense = [layer for layer in layers if layer is not None]
-        return self.kernels.stack_layers(dense, self.cos_sin) if len(dense) == len(layers) else None
+        head = Head(self.norm.weight, self.norm.eps, self.head)
+        return self.kernels.stack_layers(dense, self.cos_sin, head) if len(dense) == len(layers) else None
 
     @property
     def waits(self) -> bool:
@@ -107,6 +117,13 @@ class Decoder:
         """[R, H] → [R, V] float32, new memory. May change `hidden`."""
         normed, _ = self.norm(hidden, self.head.format)
         return self.kernels.linear(normed, self.head)
+
+    def sample(self, batch: ForwardBatch, caches: Sequence[LayerCache], rows: SamplingRows) -> Tensor:
+        """Run a step whose wanted rows all sample: the tokens drawn, [R] int64 (R > 0)."""
+        if self.stack is None:
+            return self.kernels.sample(self.logits(self.hidden(batch, caches)), rows)
+        x = self.kernels.embedding(batch.token_ids, self.embedding)
+        return self.stack.sample(x, batch.layout, caches, batch.logits_rows, rows)
 
     def _fill_last(self, layer: DecoderLayer, x: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
         """The last layer of a step that wants no logits: K and V into the cache, nothing else."""

@@ -1,7 +1,7 @@
-"""Whole decoder layers in one native call: describes them to csrc/layers.cpp and owns the workspace.
+"""Whole decoder layers, or a whole step, in one native call: describes them to csrc/layers.cpp and owns the workspace.
 
-Runs in the engine's thread, like all kernels. Serves layers whose products are all int8; others run one operation at a
-time.
+Runs in the engine's thread, like all kernels. Serves layers whose products are all int8, before a head of any kind;
+others run one operation at a time.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.kernels.cpu.cache import MOST_SHARING, CpuCache
-from octavo.kernels.cpu.library import CpuBase, WeightMemory, checked, empty_floats, pointer
-from octavo.kernels.cpu.products import CpuInt8Linear
-from octavo.kernels.interface import BatchLayout, DenseLayer, LayerCache, LayerStack, PackedLinear
+from octavo.kernels.cpu.library import CpuBase, WeightMemory, checked, empty_floats, empty_result, pointer
+from octavo.kernels.cpu.products import FLOAT_TYPES, CpuFloatLinear, CpuInt8Linear
+from octavo.kernels.cpu.sampling import SAMPLING_NAMES, sampling_tensors
+from octavo.kernels.interface import BatchLayout, DenseLayer, Head, LayerCache, LayerStack, PackedLinear, SamplingRows
 from octavo.kernels.reference.cache import check_heads
 
-SIGNATURES = {"octavo_run_layers": "pppp"}
+SIGNATURES = {"octavo_run_layers": "pppp", "octavo_run_step": "pppppp"}
 MLP_ROWS = 256  # rows that go through an MLP together: enough for its products, few enough for the memory
 
 _POINTER, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
@@ -64,32 +66,86 @@ class _Step(ctypes.Structure):
 
 
 class _Workspace(ctypes.Structure):
-    _fields_ = (*((name, _POINTER) for name in ("bytes", "row_scale", "wide", "q", "heads")), ("mlp_rows", _INT))
+    _fields_ = (
+        *((name, _POINTER) for name in ("bytes", "row_scale", "wide", "q", "heads", "logits")),
+        ("mlp_rows", _INT),
+    )
+
+
+class _Head(ctypes.Structure):
+    _fields_ = (
+        ("norm", _POINTER),
+        ("linear", _Linear),
+        ("float_weights", _POINTER),
+        ("float_type", _INT),
+        ("float_bias", _POINTER),
+        ("eps", _DOUBLE),
+        ("vocabulary", _INT),
+    )
+
+
+_Sampling = _POINTER * 16  # ids, then what `sampling_tensors` gives
+_POSITION = 1 + SAMPLING_NAMES.index("position")
+_KEPT = [name for name in SAMPLING_NAMES if name != "position"]
 
 
 class CpuStack:
     """A `LayerStack`. One thread at a time may run it."""
 
-    def __init__(self, kernels: CpuLayers, layers: Sequence[DenseLayer], cos_sin: Tensor) -> None:
+    def __init__(self, kernels: CpuLayers, layers: Sequence[DenseLayer], cos_sin: Tensor, head: Head) -> None:
         self._kernels = kernels
         self._layers = list(layers)  # their tensors are what the native description points into
         self._cos_sin = cos_sin
+        self._head = head
+        self._native_head = _describe_head(head)
         self._caches: list[LayerCache] = []
         self._native = (_Layer * len(layers))(*map(_describe, layers))
         address, hidden = ctypes.addressof(self._native), self._layers[0].out.out_features
         self._stack = _Stack(address, len(layers), hidden, pointer(cos_sin), cos_sin.shape[1])
         self._rows = 0  # that the workspace holds
         self._workspace = _Workspace()
-        self._buffers: list[Tensor] = []
+        self._buffers: dict[str, Tensor] = {}
+        self._ends = [torch.empty(0)]
+        self._sampled: SamplingRows | None = None  # of the step before
+        self._native_sampling = _Sampling()
 
     def run(self, x: Tensor, layout: BatchLayout, caches: Sequence[LayerCache], rows: Tensor) -> Tensor:
         """See the interface. Nobody checks positions, slots, block ids and `rows`."""
+        y = empty_floats(len(rows), self._stack.hidden)
+        step, _kept = self._prepare(x, layout, caches, rows, y)
+        self._kernels.run_layers(self._stack, step, self._workspace)
+        return y
+
+    def sample(
+        self, x: Tensor, layout: BatchLayout, caches: Sequence[LayerCache], rows: Tensor, sampling: SamplingRows
+    ) -> Tensor:
+        """See the interface, and `run`."""
+        self._reserve_ends(len(rows))
+        step, _kept = self._prepare(x, layout, caches, rows, self._ends[0])
+        ids = torch.from_numpy(np.empty(len(rows), dtype=np.int64))
+        native = self._describe_sampling(sampling, len(rows))
+        native[0] = ids.data_ptr()
+        self._kernels.run_step(self._stack, step, self._workspace, self._native_head, native)
+        return ids
+
+    def _describe_sampling(self, rows: SamplingRows, count: int) -> ctypes.Array[ctypes.c_void_p]:
+        """As native code takes it, but for the ids. While the same sequences run, only their positions are new."""
+        before, self._sampled = self._sampled, rows
+        if before is None or any(getattr(before, name) is not getattr(rows, name) for name in _KEPT):
+            self._native_sampling = _Sampling(None, *[tensor.data_ptr() for tensor in sampling_tensors(rows, count)])
+        position = checked(rows.position, torch.int64, (count,), "position")
+        self._native_sampling[_POSITION] = position.data_ptr()
+        return self._native_sampling
+
+    def _prepare(
+        self, x: Tensor, layout: BatchLayout, caches: Sequence[LayerCache], rows: Tensor, y: Tensor
+    ) -> tuple[_Step, dict[str, Tensor]]:
+        """The step as native code takes it, and the tensors that it points into."""
         hidden, count = self._stack.hidden, len(x)
         x = checked(x, torch.float32, (count, hidden), "x")
         rows = checked(rows, torch.int64, (-1,), "rows")
         self._attach(caches)
         self._reserve(max(count, len(rows)))
-        y = empty_floats(len(rows), hidden)
         sequences = len(layout.query_start) - 1
         tensors = {
             "query_start": checked(layout.query_start, torch.int32, (-1,), "query_start"),
@@ -107,8 +163,7 @@ class CpuStack:
             num_wanted=len(rows),
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
-        self._kernels.run_layers(self._stack, step, self._workspace)
-        return y
+        return step, tensors
 
     def _attach(self, caches: Sequence[LayerCache]) -> None:
         """Point the layers at their caches, which seldom change."""
@@ -130,38 +185,55 @@ class CpuStack:
         self._rows = (rows + 63) // 64 * 64
         mlp_rows = min(self._rows, MLP_ROWS)
         memory = self._kernels.new_memory()
-        sizes = _workspace_bytes(self._layers, rows=self._rows, mlp_rows=mlp_rows)
-        buffers = {name: memory.empty((size,), torch.uint8) for name, size in sizes.items()}
-        self._buffers = list(buffers.values())
-        self._workspace = _Workspace(**{name: buffer.data_ptr() for name, buffer in buffers.items()}, mlp_rows=mlp_rows)
+        sizes = _workspace_bytes(self._layers, self._head.product, rows=self._rows, mlp_rows=mlp_rows)
+        self._buffers = {name: memory.empty((size,), torch.uint8) for name, size in sizes.items()}
+        for name, buffer in self._buffers.items():
+            setattr(self._workspace, name, buffer.data_ptr())
+        self._workspace.mlp_rows = mlp_rows
+
+    def _reserve_ends(self, rows: int) -> None:
+        """Grow what holds the residual stream and the logits of the rows that sample."""
+        if rows > len(self._ends[0]):
+            widths = (self._stack.hidden, self._head.product.out_features)
+            self._ends = [empty_result(self._kernels.library, rows, width) for width in widths]
+            self._workspace.logits = self._ends[1].data_ptr()
 
 
 class CpuLayers(CpuBase):
     """`interface.StacksLayers`."""
 
-    def stack_layers(self, layers: Sequence[DenseLayer], cos_sin: Tensor) -> LayerStack | None:
-        """See the interface. All products must be int8, all layers of one width."""
+    def stack_layers(self, layers: Sequence[DenseLayer], cos_sin: Tensor, head: Head) -> LayerStack | None:
+        """See the interface. All products but the head must be int8, all layers of one width."""
         products = [product for layer in layers for product in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         widths = {(layer.qkv.in_features, layer.out.out_features, layer.down.out_features) for layer in layers}
         if not layers or len(widths) > 1 or not all(isinstance(product, CpuInt8Linear) for product in products):
             return None
-        return CpuStack(self, layers, checked(cos_sin, torch.float32, (-1, -1), "cos_sin"))
+        return CpuStack(self, layers, checked(cos_sin, torch.float32, (-1, -1), "cos_sin"), head)
 
     def run_layers(self, stack: _Stack, step: _Step, workspace: _Workspace) -> None:
         self._lib.octavo_run_layers(self._pool, *map(ctypes.addressof, (stack, step, workspace)))
+
+    def run_step(
+        self, stack: _Stack, step: _Step, workspace: _Workspace, head: _Head, sampling: ctypes.Array[ctypes.c_void_p]
+    ) -> None:
+        self._lib.octavo_run_step(self._pool, *map(ctypes.addressof, (stack, step, workspace, head, sampling)))
+
+    @property
+    def library(self) -> ctypes.CDLL:
+        return self._lib
 
     def new_memory(self) -> WeightMemory:
         """Memory on huge pages that goes when its tensors do."""
         return WeightMemory(self._lib)
 
 
-def _workspace_bytes(layers: Sequence[DenseLayer], *, rows: int, mlp_rows: int) -> dict[str, int]:
+def _workspace_bytes(layers: Sequence[DenseLayer], head: PackedLinear, *, rows: int, mlp_rows: int) -> dict[str, int]:
     """What the largest layer needs: quantised inputs and their scales, the widest result, queries, and heads."""
 
     def quantized(product: PackedLinear, count: int) -> int:
         return count * product.format.limbs * ((product.in_features + 63) // 64 * 64)
 
-    inputs, wide, queries = 0, 0, 0
+    inputs, wide, queries = quantized(head, rows), rows * head.in_features, 0
     for layer in layers:
         inputs = max(inputs, *(quantized(product, rows) for product in (layer.qkv, layer.out)))
         inputs = max(inputs, *(quantized(product, mlp_rows) for product in (layer.gate_up, layer.down)))
@@ -187,6 +259,16 @@ def _describe(layer: DenseLayer) -> _Layer:
         window=heads.window or 0,
         scale=heads.scale,
     )
+
+
+def _describe_head(head: Head) -> _Head:
+    product, norm = head.product, checked(head.norm, torch.float32, (head.product.in_features,), "norm")
+    shared = {"norm": pointer(norm), "eps": head.eps, "vocabulary": product.out_features}
+    if isinstance(product, CpuInt8Linear):
+        return _Head(**shared, linear=_linear(product))
+    assert isinstance(product, CpuFloatLinear)
+    weights = {"float_weights": pointer(product.weight), "float_type": FLOAT_TYPES[product.weight.dtype]}
+    return _Head(**shared, **weights, float_bias=pointer(product.bias))
 
 
 def _linear(product: PackedLinear) -> _Linear:

@@ -28,6 +28,8 @@ _PER_ROW = {
     "frequency_penalty": _FLOAT,
     "presence_penalty": _FLOAT,
 }
+_LISTS = ("seen_start", "seen_ids", "seen_counts", "bias_start", "bias_ids", "bias_values")
+SAMPLING_NAMES = (*_PER_ROW, *_LISTS)  # fields of SamplingRows in the order of native arguments
 
 
 class CpuSampling(CpuBase):
@@ -41,8 +43,7 @@ class CpuSampling(CpuBase):
         """
         logits = checked(logits, torch.float32, (-1, -1), "logits")
         count, size = logits.shape
-        tensors = [checked(getattr(rows, name), dtype, (count,), name) for name, dtype in _PER_ROW.items()]
-        tensors += _lists(rows, count)
+        tensors = sampling_tensors(rows, count)
         ids = torch.empty(count, dtype=torch.int64)
         self._lib.octavo_sample(self._pool, pointer(logits), pointer(ids), count, size, *map(pointer, tensors))
         return ids
@@ -63,6 +64,12 @@ class CpuSampling(CpuBase):
             self._pool, pointer(logits), pointer(tokens), *map(pointer, outputs), count, size, num_top
         )
         return outputs
+
+
+def sampling_tensors(rows: SamplingRows, count: int) -> list[Tensor]:
+    """What native sampling of `count` rows reads, in its order, checked."""
+    numbers = [checked(getattr(rows, name), dtype, (count,), name) for name, dtype in _PER_ROW.items()]
+    return numbers + _lists(rows, count)
 
 
 def _lists(rows: SamplingRows, count: int) -> list[Tensor]:

@@ -1,6 +1,6 @@
-// Whole decoder layers in one call: the same operations in the same order as one by one, on one workspace, so that a step
-// neither returns to the interpreter nor allocates between them. The structures are filled by layers.py, which has the same
-// fields.
+// Whole decoder layers, or a whole step to the sampled tokens, in one call: the same operations in the same order as one by one, on
+// one workspace, so that a step neither returns to the interpreter (whose code and data no cache holds after all weights have passed)
+// nor allocates between them. The structures are filled by layers.py, which has the same fields.
 #include <algorithm>
 
 #include "operations.h"
@@ -64,7 +64,32 @@ struct Workspace {
   float* wide;
   float* q;
   float* heads;
+  float* logits;
   int64_t mlp_rows;
+};
+
+// What follows the layers. `linear` has no weights where those are floats.
+struct Head {
+  const float* norm;
+  Linear linear;
+  const void* float_weights;
+  int64_t float_type;
+  const float* float_bias;
+  double eps;
+  int64_t vocabulary;
+};
+
+// How rows are sampled, as octavo_sample takes it.
+struct Sampling {
+  int64_t* ids;
+  const float *temperature, *top_p;
+  const int32_t* top_k;
+  const float* min_p;
+  const int64_t *seed, *position;
+  const float *repetition, *frequency, *presence;
+  const int32_t *seen_start, *seen_ids, *seen_counts;
+  const int32_t *bias_start, *bias_ids;
+  const float* bias_values;
 };
 
 struct Run {
@@ -120,10 +145,38 @@ struct Run {
     multiply(down, rows, x, x);
   }
 
+  // Logits of step.y to memory.logits.
+  void project(const Head& head) const {
+    if (head.linear.weights != nullptr) {
+      norm(step.y, head.norm, step.num_wanted, head.eps, head.linear);
+      return multiply(head.linear, step.num_wanted, nullptr, memory.logits);
+    }
+    octavo_rms_norm(pool, step.y, nullptr, head.norm, head.eps, step.num_wanted, stack.hidden, 0, 0.0f, 0, memory.wide, nullptr, nullptr);
+    octavo_linear_float(pool, memory.wide, head.float_weights, head.float_type, step.num_wanted, stack.hidden, head.vocabulary,
+                        head.float_bias, nullptr, memory.logits);
+  }
+
   // Wanted rows of `from` [..][width] to `to`.
   void gather(const float* from, int64_t width, float* to) const {
     for (int64_t i = 0; i < step.num_wanted; ++i)
       std::memcpy(to + i * width, from + step.wanted[i] * width, sizeof(float) * static_cast<size_t>(width));
+  }
+
+  void layers() const {
+    for (int64_t index = 0; index < stack.num_layers; ++index) {
+      const Layer& layer = stack.layers[index];
+      const bool last = index + 1 == stack.num_layers;
+      fill(layer);
+      if (last && step.num_wanted == 0) return;
+      attend(layer);
+      if (!last) {
+        finish(layer, memory.heads, step.x, step.rows);
+        continue;
+      }
+      gather(step.x, stack.hidden, step.y);
+      gather(memory.heads, layer.out.weights->in_features, memory.q);
+      finish(layer, memory.q, step.y, step.num_wanted);
+    }
   }
 };
 
@@ -133,19 +186,16 @@ struct Run {
 using namespace octavo;
 
 OCTAVO_API void octavo_run_layers(Pool* pool, const Stack* stack, const Step* step, const Workspace* memory) {
+  Run{pool, *stack, *step, *memory}.layers();
+}
+
+// The layers, the head, and a token for each wanted row.
+OCTAVO_API void octavo_run_step(Pool* pool, const Stack* stack, const Step* step, const Workspace* memory, const Head* head,
+                                const Sampling* s) {
   const Run run{pool, *stack, *step, *memory};
-  for (int64_t index = 0; index < stack->num_layers; ++index) {
-    const Layer& layer = stack->layers[index];
-    const bool last = index + 1 == stack->num_layers;
-    run.fill(layer);
-    if (last && step->num_wanted == 0) return;
-    run.attend(layer);
-    if (!last) {
-      run.finish(layer, memory->heads, step->x, step->rows);
-      continue;
-    }
-    run.gather(step->x, stack->hidden, step->y);
-    run.gather(memory->heads, layer.out.weights->in_features, memory->q);
-    run.finish(layer, memory->q, step->y, step->num_wanted);
-  }
+  run.layers();
+  run.project(*head);
+  octavo_sample(pool, memory->logits, s->ids, step->num_wanted, head->vocabulary, s->temperature, s->top_p, s->top_k, s->min_p, s->seed,
+                s->position, s->repetition, s->frequency, s->presence, s->seen_start, s->seen_ids, s->seen_counts, s->bias_start,
+                s->bias_ids, s->bias_values);
 }

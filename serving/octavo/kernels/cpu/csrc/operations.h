@@ -14,6 +14,13 @@ OCTAVO_API void octavo_linear_int8(octavo::Pool* pool, const octavo::Int8Weights
                                    int64_t tokens, int64_t x_zero_point, const float* residual, float* y);
 OCTAVO_API bool octavo_gated_int8(octavo::Pool* pool, const octavo::Int8Weights* weights, const uint8_t* x, const float* x_scale,
                                   int64_t tokens, float* y);
+OCTAVO_API void octavo_linear_float(octavo::Pool* pool, const float* x, const void* w, int64_t type, int64_t rows, int64_t inputs,
+                                    int64_t outputs, const float* bias, const float* residual, float* y);
+OCTAVO_API void octavo_sample(octavo::Pool* pool, float* logits, int64_t* ids, int64_t num_rows, int64_t size, const float* temperature,
+                              const float* top_p, const int32_t* top_k, const float* min_p, const int64_t* seed, const int64_t* position,
+                              const float* repetition, const float* frequency, const float* presence, const int32_t* seen_start,
+                              const int32_t* seen_ids, const int32_t* seen_counts, const int32_t* bias_start, const int32_t* bias_ids,
+                              const float* bias_values);
 OCTAVO_API void octavo_rope_write(octavo::Pool* pool, const float* qkv, float* q_out, const float* cos_sin, const int32_t* positions,
                                   const int32_t* slots, int64_t num_rows, int64_t num_heads, int64_t rotary_dim, const float* q_norm,
                                   const float* k_norm, double eps, const float* k_inverse, const float* v_inverse, char* k, char* v,
