@@ -8,38 +8,65 @@ Each file runs in exactly one lane. The exit code is zero if all of them passed.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 HERE = Path(__file__).resolve().parent
 SOAK = HERE / "chaos" / "test_soak.py"
-COMPUTING = tuple(
-    HERE / name for name in ("kernels", "kernels_gpu", "models", "protocol", "quantization", "quantize", "scheduling")
-)
+COMPUTING = tuple(HERE / name for name in ("kernels", "kernels_gpu", "models", "protocol", "quantization", "quantize"))
+NOTHING_SELECTED = 5  # pytest's exit code
 
 
-def command(*arguments: object, options: list[str]) -> list[str]:
-    return [sys.executable, "-m", "pytest", *map(str, arguments), *options]
+class Lanes:
+    """Runs of pytest. Each takes its own interrupt, so that the servers that it started end."""
+
+    def __init__(self, options: list[str]) -> None:
+        self._options = options
+        self._running: list[subprocess.Popen[bytes]] = []
+        signal.signal(signal.SIGTERM, self._pass_on)
+
+    def start(self, *arguments: object, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pytest", *map(str, arguments), *self._options]
+        self._running.append(subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT))
+        return self._running[-1]
+
+    def wait_all(self) -> None:
+        for lane in self._running:
+            lane.wait()
+
+    def _pass_on(self, *_signal: object) -> None:
+        for lane in self._running:
+            lane.send_signal(signal.SIGINT)
+        self.wait_all()
+        sys.exit(128 + signal.SIGTERM)
+
+
+def run(lanes: Lanes) -> list[int]:
+    """Run every lane, whatever the others find; their exit codes."""
+    print(f"lanes: {SOAK.name} beside {', '.join(path.name for path in COMPUTING)}; then all others", flush=True)
+    with tempfile.TemporaryFile() as output:
+        soak = lanes.start(SOAK, output=output)
+        try:
+            codes = [lanes.start(*COMPUTING).wait(), soak.wait()]
+        finally:
+            lanes.wait_all()
+            output.seek(0)
+            print(output.read().decode(errors="replace"), flush=True)
+    rest = lanes.start(HERE, *(f"--ignore={path}" for path in (SOAK, *COMPUTING)))
+    try:
+        return [*codes, rest.wait()]
+    finally:
+        lanes.wait_all()
 
 
 def main(options: list[str]) -> int:
-    """Run every lane, whatever the others find."""
-    print(f"lanes: {SOAK.name} beside {', '.join(path.name for path in COMPUTING)}; then all others", flush=True)
-    with tempfile.TemporaryFile() as output:
-        soak = subprocess.Popen(command(SOAK, options=options), stdout=output, stderr=subprocess.STDOUT)
-        try:
-            codes = [subprocess.call(command(*COMPUTING, options=options))]
-            codes.append(soak.wait())
-        finally:
-            soak.terminate()
-            soak.wait()
-        output.seek(0)
-        print(output.read().decode(errors="replace"), flush=True)
-    ignored = [f"--ignore={path}" for path in (SOAK, *COMPUTING)]
-    codes.append(subprocess.call(command(HERE, *ignored, options=options)))
-    return next((code for code in codes if code), 0)
+    codes = run(Lanes(options))
+    failed = [code for code in codes if code not in (0, NOTHING_SELECTED)]
+    return failed[0] if failed else min(codes)
 
 
 if __name__ == "__main__":

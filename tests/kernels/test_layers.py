@@ -175,6 +175,28 @@ def test_a_whole_step_has_the_bits_of_its_operations(
     assert all(torch.equal(p, q) for a, b in zip(mine, theirs) for p, q in zip(a.rows(), b.rows(), strict=True))
 
 
+def test_steps_may_differ_in_all_but_the_model(fast: Kernels) -> None:
+    """What a stack keeps of a step: rows that are the same but for their positions, then lists, then more rows."""
+    layers, head = [make_layer(fast, FORMATS["one limb"], seed=0)], make_head(fast, torch.bfloat16)
+    stack = fast.stack_layers(layers, angles(512, HEADS.head_dim), head)
+    layout, x = layout_for("mixed"), torch.randn(133, HIDDEN)
+    few, many = sampling_rows(3), sampling_rows(40)
+    later = replace(few, position=few.position + 1)
+    others = replace(later, bias_ids=torch.tensor([12], dtype=torch.int32), seen_counts=few.seen_counts + 1)
+    for sampling in (few, later, replace(later, position=few.position + 2), others, many, few):
+        rows = torch.arange(len(sampling.seed)) * 2
+        mine, theirs = make_caches(fast, 1), make_caches(fast, 1)
+        tokens = stack.sample(x.clone(), layout, mine, rows, sampling)
+        y = one_by_one(fast, layers, x.clone(), layout, theirs, rows)
+        assert torch.equal(stack.run(x.clone(), layout, mine, rows), y)
+        normed, _ = fast.rms_norm(y, head.norm, head.eps, head.product.format)
+        assert torch.equal(tokens, fast.sample(fast.linear(normed, head.product), sampling))
+    with pytest.raises(ValueError, match="position"):
+        stack.sample(x.clone(), layout, mine, rows, replace(few, position=few.position[:2]))
+    with pytest.raises(ValueError, match="temperature"):
+        stack.sample(x.clone(), layout, mine, rows[:2], few)
+
+
 def test_without_rows_the_caches_are_filled(fast: Kernels) -> None:
     layers = [make_layer(fast, FORMATS["one limb"], seed=seed) for seed in range(2)]
     layout, x = layout_for("mixed"), torch.randn(133, HIDDEN)

@@ -11,15 +11,13 @@ from octavo.engine.interface import DeviceLost, RunnerError
 from octavo.protocol.messages import EngineInfo
 from octavo.scheduling.plan import StepPlan, StepResult
 
-EXIT_SECONDS = 10.0  # that the interpreter's end waits for the plans under way
-
 
 class PlanQueues:
     """The loop's side of a `Runner`. Who inherits starts a worker, which takes plans until None comes."""
 
     def __init__(self, info: EngineInfo) -> None:
         self.info = info
-        # Not a SimpleQueue: its `get` with a time limit, which a runner may poll with, waits for ever now and then.
+        # Not a SimpleQueue: its `get` with a time limit, which a runner may poll with, may wait until the next `put`.
         self._plans: queue.Queue[StepPlan | None] = queue.Queue()
         self._results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
 
@@ -44,10 +42,10 @@ class PlanQueues:
 
     def close(self) -> None:
         """Stop the worker after the plans under way."""
+        _end(self._plans, self._worker)
         self._at_exit.detach()
-        _end(self._plans, self._worker, None)
 
 
-def _end(plans: queue.Queue[StepPlan | None], worker: threading.Thread, seconds: float | None = EXIT_SECONDS) -> None:
+def _end(plans: queue.Queue[StepPlan | None], worker: threading.Thread) -> None:
     plans.put(None)
-    worker.join(seconds)
+    worker.join()

@@ -121,7 +121,7 @@ class _Step:
         return self._run_parts(plan, batch, sampling)
 
     def _run_parts(self, plan: StepPlan, batch: ForwardBatch, sampling: Sequence[SequenceStep]) -> StepResult:
-        """The same with what only log probabilities need: hidden states, and logits before sampling."""
+        """The same in parts: hidden states and logits are what log probabilities are of, or nothing is sampled."""
         steps = plan.sequences
         hidden = self._model.hidden(batch, self._caches)  # [R, H]: rows that sample, then rows of prompts
         num_rows = len(sampling) + sum([step.num_drafts for step in sampling])

@@ -1,13 +1,14 @@
 """Whole decoder layers, or a whole step, in one native call: describes them to csrc/layers.cpp and owns the workspace.
 
-Runs in the engine's thread, like all kernels. Serves layers whose products are all int8, before a head of any kind;
-others run one operation at a time.
+Runs in the engine's thread, like all kernels. Serves layers whose products are all int8, before a head of int8 or
+floats; others run one operation at a time.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -89,6 +90,16 @@ _POSITION = 1 + SAMPLING_NAMES.index("position")
 _KEPT = [name for name in SAMPLING_NAMES if name != "position"]
 
 
+class _Sampled:
+    """Rows that were checked: the tensors are what `native` points into."""
+
+    def __init__(self, rows: SamplingRows, count: int, tensors: list[Tensor]) -> None:
+        self.rows = rows
+        self.count = count
+        self._tensors = tensors
+        self.native = _Sampling(None, *[tensor.data_ptr() for tensor in tensors])
+
+
 class CpuStack:
     """A `LayerStack`. One thread at a time may run it."""
 
@@ -96,8 +107,8 @@ class CpuStack:
         self._kernels = kernels
         self._layers = list(layers)  # their tensors are what the native description points into
         self._cos_sin = cos_sin
-        self._head = head
-        self._native_head = _describe_head(head)
+        self._head = replace(head, norm=checked(head.norm, torch.float32, (head.product.in_features,), "norm"))
+        self._native_head = _describe_head(self._head)
         self._caches: list[LayerCache] = []
         self._native = (_Layer * len(layers))(*map(_describe, layers))
         address, hidden = ctypes.addressof(self._native), self._layers[0].out.out_features
@@ -106,8 +117,7 @@ class CpuStack:
         self._workspace = _Workspace()
         self._buffers: dict[str, Tensor] = {}
         self._ends = [torch.empty(0)]
-        self._sampled: SamplingRows | None = None  # of the step before
-        self._native_sampling = _Sampling()
+        self._sampled: _Sampled | None = None  # of the step before
 
     def run(self, x: Tensor, layout: BatchLayout, caches: Sequence[LayerCache], rows: Tensor) -> Tensor:
         """See the interface. Nobody checks positions, slots, block ids and `rows`."""
@@ -123,19 +133,22 @@ class CpuStack:
         self._reserve_ends(len(rows))
         step, _kept = self._prepare(x, layout, caches, rows, self._ends[0])
         ids = torch.from_numpy(np.empty(len(rows), dtype=np.int64))
-        native = self._describe_sampling(sampling, len(rows))
+        native, _position = self._describe_sampling(sampling, len(rows))
         native[0] = ids.data_ptr()
         self._kernels.run_step(self._stack, step, self._workspace, self._native_head, native)
         return ids
 
-    def _describe_sampling(self, rows: SamplingRows, count: int) -> ctypes.Array[ctypes.c_void_p]:
-        """As native code takes it, but for the ids. While the same sequences run, only their positions are new."""
-        before, self._sampled = self._sampled, rows
-        if before is None or any(getattr(before, name) is not getattr(rows, name) for name in _KEPT):
-            self._native_sampling = _Sampling(None, *[tensor.data_ptr() for tensor in sampling_tensors(rows, count)])
+    def _describe_sampling(self, rows: SamplingRows, count: int) -> tuple[ctypes.Array[ctypes.c_void_p], Tensor]:
+        """As native code takes it but for the ids, and the positions that it points into.
+
+        While the same sequences run and have no penalties or biases, only their positions are new.
+        """
+        known = self._sampled
+        if known is None or known.count != count or any(getattr(known.rows, x) is not getattr(rows, x) for x in _KEPT):
+            self._sampled = known = _Sampled(rows, count, sampling_tensors(rows, count))
         position = checked(rows.position, torch.int64, (count,), "position")
-        self._native_sampling[_POSITION] = position.data_ptr()
-        return self._native_sampling
+        known.native[_POSITION] = position.data_ptr()
+        return known.native, position
 
     def _prepare(
         self, x: Tensor, layout: BatchLayout, caches: Sequence[LayerCache], rows: Tensor, y: Tensor
@@ -262,8 +275,8 @@ def _describe(layer: DenseLayer) -> _Layer:
 
 
 def _describe_head(head: Head) -> _Head:
-    product, norm = head.product, checked(head.norm, torch.float32, (head.product.in_features,), "norm")
-    shared = {"norm": pointer(norm), "eps": head.eps, "vocabulary": product.out_features}
+    product = head.product
+    shared = {"norm": pointer(head.norm), "eps": head.eps, "vocabulary": product.out_features}
     if isinstance(product, CpuInt8Linear):
         return _Head(**shared, linear=_linear(product))
     assert isinstance(product, CpuFloatLinear)
