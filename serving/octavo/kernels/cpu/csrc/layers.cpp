@@ -79,17 +79,9 @@ struct Head {
   int64_t vocabulary;
 };
 
-// How rows are sampled, as octavo_sample takes it.
 struct Sampling {
   int64_t* ids;
-  const float *temperature, *top_p;
-  const int32_t* top_k;
-  const float* min_p;
-  const int64_t *seed, *position;
-  const float *repetition, *frequency, *presence;
-  const int32_t *seen_start, *seen_ids, *seen_counts;
-  const int32_t *bias_start, *bias_ids;
-  const float* bias_values;
+  SamplingRows rows;
 };
 
 struct Run {
@@ -191,11 +183,9 @@ OCTAVO_API void octavo_run_layers(Pool* pool, const Stack* stack, const Step* st
 
 // The layers, the head, and a token for each wanted row.
 OCTAVO_API void octavo_run_step(Pool* pool, const Stack* stack, const Step* step, const Workspace* memory, const Head* head,
-                                const Sampling* s) {
+                                const Sampling* sampling) {
   const Run run{pool, *stack, *step, *memory};
   run.layers();
   run.project(*head);
-  octavo_sample(pool, memory->logits, s->ids, step->num_wanted, head->vocabulary, s->temperature, s->top_p, s->top_k, s->min_p, s->seed,
-                s->position, s->repetition, s->frequency, s->presence, s->seen_start, s->seen_ids, s->seen_counts, s->bias_start,
-                s->bias_ids, s->bias_values);
+  sample_rows(pool, memory->logits, sampling->ids, step->num_wanted, head->vocabulary, sampling->rows);
 }

@@ -1,20 +1,10 @@
 // Sampling of one token per row of logits, and log-probabilities. A row is one task; nothing passes between rows.
+#include "operations.h"
 #include "sampling_cut.h"
 #include "sampling_math.h"
 
 namespace octavo {
 namespace {
-
-struct Rows {
-  const float *temperature, *top_p;
-  const int32_t* top_k;
-  const float* min_p;
-  const int64_t *seed, *position;
-  const float *repetition, *frequency, *presence;
-  const int32_t *seen_start, *seen_ids, *seen_counts;
-  const int32_t *bias_start, *bias_ids;
-  const float* bias_values;
-};
 
 uint64_t splitmix64(uint64_t x) {
   uint64_t z = x + 0x9E3779B97F4A7C15u;
@@ -28,7 +18,7 @@ double uniform(int64_t seed, int64_t position) {
   return static_cast<double>(mixed >> 11) * 0x1p-53;
 }
 
-void penalize(const Rows& rows, int64_t row, int64_t size, float* z) {
+void penalize(const SamplingRows& rows, int64_t row, int64_t size, float* z) {
   const float repetition = rows.repetition[row], frequency = rows.frequency[row], presence = rows.presence[row];
   for (int32_t i = rows.seen_start[row]; i < rows.seen_start[row + 1]; ++i) {
     const int64_t id = rows.seen_ids[i];
@@ -119,7 +109,7 @@ double depth_of(float top_p, double total, int64_t size) {
 
 constexpr double kDeepest = 709.0;  // exponentials are 0 beyond
 
-int64_t sample_row(const Rows& rows, int64_t row, float* z, int64_t size, const Space& space) {
+int64_t sample_row(const SamplingRows& rows, int64_t row, float* z, int64_t size, const Space& space) {
   penalize(rows, row, size, z);
   const float highest = row_max(z, size), temperature = rows.temperature[row];
   if (highest == -INFINITY) return 0;
@@ -165,6 +155,14 @@ int64_t find_rank(const float* z, int64_t size, int64_t token) {
 }
 
 }  // namespace
+
+void sample_rows(Pool* pool, float* logits, int64_t* ids, int64_t num_rows, int64_t size, const SamplingRows& rows) {
+  parallel_for(pool, num_rows, [&](int64_t row, int thread) {
+    const Space space(pool->scratch(thread, Space::bytes(size)), size);
+    ids[row] = sample_row(rows, row, logits + row * size, size, space);
+  });
+}
+
 }  // namespace octavo
 
 using namespace octavo;
@@ -176,12 +174,9 @@ OCTAVO_API void octavo_sample(Pool* pool, float* logits, int64_t* ids, int64_t n
                               const float* frequency, const float* presence, const int32_t* seen_start,
                               const int32_t* seen_ids, const int32_t* seen_counts, const int32_t* bias_start,
                               const int32_t* bias_ids, const float* bias_values) {
-  const Rows rows = {temperature, top_p,      top_k,    min_p,       seed,       position, repetition, frequency,
-                     presence,    seen_start, seen_ids, seen_counts, bias_start, bias_ids, bias_values};
-  parallel_for(pool, num_rows, [&](int64_t row, int thread) {
-    const Space space(pool->scratch(thread, Space::bytes(size)), size);
-    ids[row] = sample_row(rows, row, logits + row * size, size, space);
-  });
+  sample_rows(pool, logits, ids, num_rows, size,
+              {temperature, top_p, top_k, min_p, seed, position, repetition, frequency, presence, seen_start, seen_ids, seen_counts,
+               bias_start, bias_ids, bias_values});
 }
 
 // logits [R, V], tokens [R] -> logprobs [R], ranks [R], top_ids and top_logprobs [R, num_top].
