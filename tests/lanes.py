@@ -57,14 +57,15 @@ def run(lanes: Lanes) -> list[int]:
             output.seek(0)
             print(output.read().decode(errors="replace"), flush=True)
     rest = lanes.start(HERE, *(f"--ignore={path}" for path in (SOAK, *COMPUTING)))
-    try:
-        return [*codes, rest.wait()]
-    finally:
-        lanes.wait_all()
+    return [*codes, rest.wait()]
 
 
 def main(options: list[str]) -> int:
-    codes = run(Lanes(options))
+    lanes = Lanes(options)
+    try:
+        codes = run(lanes)
+    finally:
+        lanes.wait_all()
     failed = [code for code in codes if code not in (0, NOTHING_SELECTED)]
     return failed[0] if failed else min(codes)
 
